@@ -1,0 +1,3 @@
+"""potluck: train language models together."""
+
+__version__ = "0.1.0"

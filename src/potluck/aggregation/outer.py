@@ -1,0 +1,88 @@
+"""The outer step: from the mean of what participants reached to the next shared state.
+
+Every rule sees the shared state ``theta`` and the participants' weighted ``mean``, both flat fp32 vectors, and
+forms the pseudo-gradient ``Delta = theta - mean`` itself: positive is descent. That keeps plain averaging exact,
+where ``theta - (theta - mean)`` would not be. Vectors are walked in cache-sized pieces: one pass over memory.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from potluck.recipe.schema import Outer, OuterAdagrad, OuterAdam, OuterNesterov, OuterSgd, OuterYogi
+
+OuterState = dict[str, Tensor]
+_PIECE = 1 << 17  # elements: five fp32 pieces of 512 KiB stay in a core's cache
+
+
+def init_outer(rule: Outer, theta: Tensor) -> OuterState:
+    """The state of an outer optimizer before the first step.
+
+    Returns:
+        ``momentum`` or ``m`` and ``v``, each like ``theta``; empty for plain averaging.
+    """
+    if isinstance(rule, OuterNesterov) or (isinstance(rule, OuterSgd) and rule.momentum):
+        return {"momentum": torch.zeros_like(theta)}
+    if isinstance(rule, OuterAdam | OuterYogi | OuterAdagrad):
+        return {"m": torch.zeros_like(theta), "v": torch.full_like(theta, rule.epsilon**2)}
+    return {}
+
+
+def outer_step(rule: Outer, theta: Tensor, mean: Tensor, state: OuterState) -> float:
+    """Take one outer step in place.
+
+    Args:
+        rule: The recipe's ``outer`` table.
+        theta: Shared state, fp32 ``(N,)``; becomes the next shared state.
+        mean: Weighted mean of the participants' parameters, fp32 ``(N,)``.
+        state: From ``init_outer``; updated in place.
+
+    Returns:
+        The norm of the pseudo-gradient.
+    """
+    squared_norm = 0.0
+    for piece in _pieces(theta.numel()):
+        delta = theta[piece] - mean[piece]
+        squared_norm += float(torch.dot(delta, delta))
+        slots = {name: slot[piece] for name, slot in state.items()}
+        _apply(rule, theta[piece], mean[piece], delta, slots)
+    return math.sqrt(squared_norm)
+
+
+def _apply(rule: Outer, theta: Tensor, mean: Tensor, delta: Tensor, slots: dict[str, Tensor]) -> None:
+    match rule:
+        case OuterSgd(learning_rate=eta, momentum=0.0):
+            theta.lerp_(mean, eta)
+        case OuterSgd(learning_rate=eta, momentum=mu):
+            # b <- mu b + Delta;  theta <- theta - eta b
+            b = slots["momentum"].mul_(mu).add_(delta)
+            theta.sub_(b, alpha=eta)
+        case OuterNesterov(learning_rate=eta, momentum=mu):
+            # b <- mu b + Delta;  theta <- theta - eta (Delta + mu b)
+            b = slots["momentum"].mul_(mu).add_(delta)
+            theta.sub_(delta.add_(b, alpha=mu), alpha=eta)
+        case _:
+            _adaptive(rule, theta, delta, slots["m"], slots["v"])
+
+
+def _adaptive(rule: OuterAdam | OuterYogi | OuterAdagrad, theta: Tensor, delta: Tensor, m: Tensor, v: Tensor) -> None:
+    """FedOpt (arXiv 2003.00295, algorithm 2): theta <- theta - eta m / (sqrt(v) + epsilon), v_0 = epsilon^2."""
+    m.mul_(rule.beta1).add_(delta, alpha=1 - rule.beta1)
+    match rule:
+        case OuterAdam(beta2=beta2):
+            v.mul_(beta2).addcmul_(delta, delta, value=1 - beta2)
+        case OuterYogi(beta2=beta2):
+            # v <- v - (1 - beta2) Delta^2 sign(v - Delta^2)
+            square = delta.square_()
+            v.sub_(torch.sign(v - square).mul_(square), alpha=1 - beta2)
+        case OuterAdagrad():
+            v.addcmul_(delta, delta)
+    theta.addcdiv_(m, v.sqrt().add_(rule.epsilon), value=-rule.learning_rate)
+
+
+def _pieces(size: int) -> Iterator[slice]:
+    return (slice(start, start + _PIECE) for start in range(0, size, _PIECE))

@@ -1,0 +1,259 @@
+"""What the verbs do. Each returns plain data and tells its progress to a console."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from transformers import PreTrainedModel
+
+from potluck.comparison import Planned, planned_runs
+from potluck.corpus.tokenizer import (
+    Vocabulary,
+    load_vocabulary,
+    save_vocabulary,
+)
+from potluck.corpus.tokenizer import (
+    _folder_vocabulary as folder_vocabulary,
+)
+from potluck.errors import CheckpointError, Interrupted, MissingExtra, RecipeError, RunFolderError, StorageError
+from potluck.files import write_text
+from potluck.local.evaluate import negative_log_likelihood
+from potluck.local.generate import generate as continue_text
+from potluck.models.build import build_model, load_folder
+from potluck.models.export import export_folder
+from potluck.models.flat import flatten
+from potluck.preflight import forecast
+from potluck.recipe import Recipe, load_recipe, recipe_toml
+from potluck.recipe.schema import ModelFolder, TokenizerFolder
+from potluck.records.card import model_card
+from potluck.records.checkpoint import Checkpoint, load_checkpoint
+from potluck.records.curves import read_comparison, read_run, summary_table
+from potluck.records.folder import POOLED, Variant, create_run, locked, open_run, run_folder
+from potluck.records.live import view
+from potluck.records.report import write_report
+from potluck.rounds.evaluation import held_out
+from potluck.run import Run, Workplace, check_identity, finished, history, newest_checkpoint, prepare
+from potluck.stopping import Stopping
+
+Result = dict[str, Any]
+
+
+def train(recipe_path: Path, settings: Sequence[str], console: Console) -> Result:
+    """Train together, export, report."""
+    recipe = _checked_recipe(recipe_path, settings, console)
+    folder = run_folder(recipe)
+    with locked(folder):
+        create_run(folder, recipe, Variant("together", recipe.participant_names))
+        return _train(folder, recipe, Variant("together", recipe.participant_names), console, None)
+
+
+def compare(recipe_path: Path, settings: Sequence[str], console: Console, pooled: bool) -> Result:
+    """Train together, each alone, and pooled; compare."""
+    recipe = _checked_recipe(recipe_path, settings, console)
+    if POOLED in recipe.participant_names:
+        raise RecipeError(f"participants: {POOLED!r} is the name of the pooled run", "rename that participant")
+    folder = run_folder(recipe)
+    with locked(folder):
+        trainers = (*recipe.participant_names, *((POOLED,) if pooled else ()))
+        create_run(folder, recipe, Variant("comparison", trainers))
+        return _compare(folder, recipe, pooled, console)
+
+
+def resume(folder: Path, console: Console, number: int | None) -> Result:
+    """Go on with what is in a run folder."""
+    recipe, variant = open_run(folder)
+    with locked(folder):
+        if variant.kind != "comparison":
+            return _train(folder, recipe, variant, console, number)
+        if number is not None:
+            raise RunFolderError(f"{folder}: --round goes with one run, this is a comparison")
+        return _compare(folder, recipe, POOLED in variant.trainers, console)
+
+
+def evaluate(folder: Path, console: Console, model: Path | None, number: int | None, best: bool) -> Result:
+    """Held-out loss on the run's texts of the run's model, or of another model folder with its own tokenizer."""
+    folder = _single_run(folder)
+    if model is not None and (best or number is not None):
+        raise RecipeError("--model goes without --best and --round: they choose a checkpoint of the run")
+    if model is not None:
+        recipe, _ = open_run(folder)
+        other = {"model": ModelFolder(path=str(model)), "tokenizer": TokenizerFolder(path=str(model))}
+        workplace = prepare(recipe.model_copy(update=other), console.print)
+        return {"model": str(model), **_held_out(workplace)}
+    restored = _restore(folder, number, best)
+    workplace = prepare(restored.recipe, console.print)
+    check_identity(workplace, restored.checkpoint, folder)
+    workplace.network.flat.vector.copy_(restored.checkpoint.parts["shared"]["theta"])
+    return {"model": str(folder), "round": restored.checkpoint.round, **_held_out(workplace)}
+
+
+def generate(source: Path, prompt: str, *, max_tokens: int, temperature: float, top_p: float, seed: int) -> str:
+    """A prompt's continuation by a run's newest model or by an exported folder."""
+    if (source / "run.json").exists():
+        restored = _restore(_single_run(source), None, False)
+        model, vocabulary = restored.model, restored.vocabulary
+    else:
+        model, vocabulary = load_folder(source), folder_vocabulary(source)
+    return continue_text(
+        model,
+        vocabulary.tokenizer,
+        vocabulary.end_of_text,
+        prompt,
+        max_tokens=max_tokens,
+        temperature=temperature,
+        top_p=top_p,
+        seed=seed,
+    )
+
+
+def export(folder: Path, to: Path | None, number: int | None, best: bool) -> Result:
+    """Write the run's model as a folder for `transformers`."""
+    folder = _single_run(folder)
+    if to is not None and to.exists() and any(to.iterdir()):
+        raise StorageError(f"{to}: not empty", "name a new folder")
+    return {"model": str(_export(folder, to or folder / "model", number, best))}
+
+
+def _checked_recipe(path: Path, settings: Sequence[str], console: Console) -> Recipe:
+    recipe = load_recipe(path, settings)
+    for warning in forecast(recipe).warnings:
+        console.print(f"[yellow]warning:[/] {warning}", highlight=False)
+    return recipe
+
+
+def _train(folder: Path, recipe: Recipe, variant: Variant, console: Console, number: int | None) -> Result:
+    planned = Planned(folder, variant, recipe)
+    with Stopping(console.print) as stopping:
+        _run(prepare(recipe, console.print), planned, console, "", stopping, folder, number)
+    model = _export(folder, folder / "model", None, False)
+    record = read_run(folder)
+    union = record.evaluations[-1].union
+    return {
+        "run": str(folder),
+        "rounds": len(record.rounds),
+        "total_tokens": record.total_tokens,
+        "bits_per_byte": union.bits_per_byte if union is not None else None,
+        "model": str(model),
+        "report": _report(folder, console),
+    }
+
+
+def _compare(folder: Path, recipe: Recipe, pooled: bool, console: Console) -> Result:
+    with Stopping(console.print) as stopping:
+        workplace = prepare(recipe, console.print)
+        for planned in planned_runs(recipe, folder, pooled):
+            prefix = str(planned.folder.relative_to(folder)).replace("/", " ")
+            with locked(planned.folder):
+                if not (planned.folder / "run.json").exists():
+                    create_run(planned.folder, planned.recipe, planned.variant)
+                _run(workplace, planned, console, prefix, stopping, folder, None)
+    together = folder / "together"
+    _export(together, together / "model", None, False)
+    summary = summary_table(read_comparison(folder))
+    result = {"run": str(folder), **summary, "model": str(together / "model")}
+    write_text(folder / "comparison.json", json.dumps(result, indent=1))
+    return {**result, "report": _report(folder, console)}
+
+
+def _run(
+    workplace: Workplace,
+    planned: Planned,
+    console: Console,
+    prefix: str,
+    stopping: Stopping,
+    root: Path,
+    number: int | None,
+) -> None:
+    """Start or continue one run, shown live; a finished one is left as it is."""
+    if number is None and finished(planned.folder):
+        return
+    save_vocabulary(workplace.corpus.vocabulary, planned.folder / "tokenizer")
+    checkpoint = newest_checkpoint(planned.folder, number)
+    with view(console, planned.recipe.name, prefix, history(planned.folder, checkpoint)) as listener:
+        run = Run(workplace, planned.variant, planned.folder, planned.recipe, (listener,), checkpoint)
+        try:
+            run.finish(stopping)
+        except Interrupted as stop:
+            raise Interrupted(str(stop), f"potluck resume {root}") from None
+        except KeyboardInterrupt:
+            raise Interrupted("stopped in mid-round: back to the last checkpoint", f"potluck resume {root}") from None
+
+
+@dataclass(frozen=True)
+class _Restored:
+    recipe: Recipe
+    vocabulary: Vocabulary
+    model: PreTrainedModel
+    checkpoint: Checkpoint
+
+
+def _restore(folder: Path, number: int | None, best: bool) -> _Restored:
+    """The model of a run's checkpoint, on the CPU.
+
+    Raises:
+        CheckpointError: The checkpoint is damaged, or does not fit the run's recipe or tokenizer.
+    """
+    recipe, _ = open_run(folder)
+    vocabulary = load_vocabulary(folder / "tokenizer")
+    checkpoint = load_checkpoint(folder / "checkpoints", number)
+    if best and checkpoint.facts["best"] is not None and checkpoint.facts["best"][1] != checkpoint.round:
+        checkpoint = load_checkpoint(folder / "checkpoints", int(checkpoint.facts["best"][1]))
+    if checkpoint.facts["tokenizer"] != vocabulary.content_hash:
+        raise CheckpointError(f"{folder}/tokenizer: not the tokenizer this checkpoint was trained with")
+    model = build_model(recipe.model, vocabulary.size, vocabulary.end_of_text, recipe.seed)
+    vector, theta = flatten(model, torch.device("cpu")).vector, checkpoint.parts["shared"]["theta"]
+    if vector.shape != theta.shape:
+        raise CheckpointError(f"{folder}: the checkpoint holds {theta.numel()} parameters, the recipe {vector.numel()}")
+    vector.copy_(theta)
+    return _Restored(recipe, vocabulary, model, checkpoint)
+
+
+def _single_run(folder: Path) -> Path:
+    """A run folder; of a comparison, the run together."""
+    _, variant = open_run(folder)
+    return folder / "together" if variant.kind == "comparison" else folder
+
+
+def _held_out(workplace: Workplace) -> Result:
+    results = {}
+    for name, holding in workplace.corpus.holdings.items():
+        stream, size = holding.validation.tokens, holding.validation.text_bytes
+        nats, tokens = negative_log_likelihood(workplace.network, stream, workplace.recipe.local.sequence_length)
+        results[name] = held_out(nats, tokens, size)
+    union = held_out(*(sum(r[key] for r in results.values()) for key in ("nats", "tokens", "bytes")))
+    return {"participants": results, "union": union}
+
+
+def _export(folder: Path, to: Path, number: int | None, best: bool) -> Path:
+    """Write the model folder beside its place, then move it there."""
+    restored = _restore(folder, number, best)
+    partial = to.with_name(f".{to.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    export_folder(
+        restored.model,
+        restored.recipe.tokenizer,
+        restored.vocabulary.tokenizer,
+        restored.vocabulary.end_of_text,
+        partial,
+    )
+    base = restored.recipe.model.path if isinstance(restored.recipe.model, ModelFolder) else None
+    write_text(partial / "README.md", model_card(read_run(folder), recipe_toml(restored.recipe), base))
+    write_text(partial / "recipe.toml", recipe_toml(restored.recipe))
+    shutil.rmtree(to, ignore_errors=True)
+    partial.rename(to)
+    return to
+
+
+def _report(folder: Path, console: Console) -> str | None:
+    try:
+        return str(write_report(folder))
+    except MissingExtra as missing:
+        console.print(f"[yellow]no report:[/] {missing}; {missing.hint}", highlight=False)
+        return None

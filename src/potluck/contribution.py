@@ -1,0 +1,92 @@
+"""What travels between the coordinator and a participant.
+
+A task goes out, a reply comes back. Training, evaluation and every later capability use these
+same types: a new capability is a new ``kind`` of task with one function on either side.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Literal
+
+if TYPE_CHECKING:  # the control plane runs without torch
+    from torch import Tensor
+
+ParticipantId = str
+TaskId = int
+Scalar = str | int | float | bool
+Header = Mapping[str, Scalar]
+ReplyStatus = Literal["ok", "failed"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Task:
+    """What the coordinator asks of one participant.
+
+    Attributes:
+        kind: Which function of the participant answers, e.g. ``train`` or ``evaluate``.
+        revision: Outer steps behind the shared state in ``tensors``.
+        parameters: The function's arguments: JSON scalars only.
+        tensors: The shared state the participant starts from.
+    """
+
+    kind: str
+    revision: int
+    parameters: Header = field(default_factory=dict)
+    tensors: Mapping[str, Tensor] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Contribution:
+    """What a participant sends back.
+
+    Attributes:
+        kind: The kind of the task it answers.
+        revision: The revision of the shared state it started from.
+        header: Figures about it: JSON scalars only.
+        tensors: Its content. With the in-process engine these may be views of the
+            participant's working memory: they hold until the next task is performed.
+    """
+
+    kind: str
+    revision: int
+    header: Header = field(default_factory=dict)
+    tensors: Mapping[str, Tensor] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Reply:
+    """How a task ended.
+
+    Attributes:
+        status: ``ok`` with a contribution, or ``failed`` with a reason.
+        down_bytes: Bytes of the task as serialised, sent to the participant.
+        up_bytes: Bytes of the contribution as serialised, sent to the coordinator.
+        seconds: Engine time from sending the task to receiving the reply.
+    """
+
+    task: TaskId
+    participant: ParticipantId
+    status: ReplyStatus
+    contribution: Contribution | None = None
+    reason: str = ""
+    down_bytes: int = 0
+    up_bytes: int = 0
+    seconds: float = 0.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class ParticipantInfo:
+    """What the roster says of one participant: its name, and whether it has held-out text to evaluate on."""
+
+    name: ParticipantId
+    evaluates: bool = True
+
+
+def kept(reply: Reply) -> Reply:
+    """A reply that outlives its participant's next task: its tensors are copied out of working memory."""
+    if reply.contribution is None:
+        return reply
+    tensors = {name: tensor.clone() for name, tensor in reply.contribution.tensors.items()}
+    return replace(reply, contribution=replace(reply.contribution, tensors=tensors))

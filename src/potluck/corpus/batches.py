@@ -1,0 +1,123 @@
+"""Batches in a seeded order, with a cursor that makes a resume exact.
+
+The order of an epoch is a keyed permutation that is computed, not stored: a Feistel network on the
+smallest power of two that holds all sequences, walked until it lands on a sequence (Black and Rogaway, "Ciphers
+with arbitrary finite domains", CT-RSA 2002).
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from functools import lru_cache
+from itertools import compress
+
+import numpy as np
+
+from potluck.corpus.shards import Shard
+
+_FEISTEL_ROUNDS = 6
+_U64 = np.uint64
+_HALF = _U64(32)
+_MULTIPLIER = _U64(0x9E3779B97F4A7C15)  # 2^64 / golden ratio, odd
+
+
+@dataclass(frozen=True)
+class Batches:
+    """Sequences of one participant's tokens.
+
+    Sequence i holds tokens i L to (i + 1) L, both included: L predictions, and the next sequence starts
+    with the last target. The ends of the stream that fill no sequence are never drawn.
+
+    Attributes:
+        tokens: 1-D integer array, usually memory-mapped.
+        sequence_length: L, predictions in a sequence.
+        seed: Decides the order; each epoch has another.
+    """
+
+    tokens: np.ndarray
+    sequence_length: int
+    seed: int
+
+    @property
+    def sequences(self) -> int:
+        """Sequences in one epoch."""
+        return (len(self.tokens) - 1) // self.sequence_length
+
+    def draw(self, cursor: int, count: int) -> np.ndarray:
+        """The ``count`` sequences after the first ``cursor``, across epochs where need be.
+
+        Args:
+            cursor: Sequences drawn so far, since the start of the run.
+            count: Sequences to draw.
+
+        Returns:
+            int64 of shape (count, sequence_length + 1).
+        """
+        starts = self._drawn(cursor, count) * self.sequence_length
+        drawn: np.ndarray = self.tokens[starts[:, None] + np.arange(self.sequence_length + 1)]
+        return drawn.astype(np.int64)
+
+    def _drawn(self, cursor: int, count: int) -> np.ndarray:
+        """Numbers of the sequences at positions cursor to cursor + count - 1, int64."""
+        n = self.sequences
+        if n < 1:
+            raise ValueError(f"{len(self.tokens)} tokens hold no sequence of {self.sequence_length} + 1")
+        parts = []
+        end = cursor + count
+        while cursor < end:
+            epoch, first = divmod(cursor, n)
+            last = min(first + end - cursor, n)
+            parts.append(permuted(np.arange(first, last), n, self.seed, epoch))
+            cursor += last - first
+        return np.concatenate(parts) if parts else np.empty(0, np.int64)
+
+
+def permuted(positions: np.ndarray, n: int, seed: int, epoch: int) -> np.ndarray:
+    """Images of ``positions`` under a pseudo-random permutation of 0 to n - 1 keyed by (seed, epoch), int64."""
+    bits = max(2, (n - 1).bit_length())
+    keys = _keys(seed, epoch)
+    images = _feistel(positions.astype(_U64), bits, keys)
+    while True:
+        outside = np.flatnonzero(images >= n)
+        if not len(outside):
+            return images.astype(np.int64)
+        images[outside] = _feistel(images[outside], bits, keys)
+
+
+def documents_drawn(shard: Shard, batches: Batches, cursor: int) -> list[str]:
+    """Names of the documents of which at least one token is in the first ``cursor`` sequences.
+
+    Args:
+        shard: The tokens that ``batches`` draws from.
+        batches: The batches.
+        cursor: Sequences drawn so far.
+    """
+    drawn = batches._drawn(0, min(cursor, batches.sequences))  # after one epoch nothing new comes
+    first = drawn * batches.sequence_length
+    starts = shard.starts
+    change = np.zeros(shard.documents + 1, np.int64)  # +1 where a sequence's documents begin, -1 behind them
+    np.add.at(change, np.searchsorted(starts, first, side="right") - 1, 1)
+    np.add.at(change, np.searchsorted(starts, first + batches.sequence_length, side="right"), -1)
+    touched = np.cumsum(change[:-1]) > 0
+    with shard.index.open(encoding="utf-8") as lines:
+        return [json.loads(line)["name"] for line in compress(lines, touched)]
+
+
+def _feistel(values: np.ndarray, bits: int, keys: np.ndarray) -> np.ndarray:
+    """A bijection of [0, 2^bits): the halves take turns to be xored with a hash of the other."""
+    right_bits = _U64(bits // 2)
+    masks = _U64((1 << (bits - bits // 2)) - 1), _U64((1 << (bits // 2)) - 1)
+    halves = [values >> right_bits, values & masks[1]]
+    for number, key in enumerate(keys):
+        side = number % 2
+        mixed = (halves[1 - side] + key) * _MULTIPLIER
+        mixed = (mixed ^ (mixed >> _HALF)) * _MULTIPLIER
+        halves[side] = halves[side] ^ ((mixed >> _HALF) & masks[side])
+    return (halves[0] << right_bits) | halves[1]
+
+
+@lru_cache(maxsize=64)
+def _keys(seed: int, epoch: int) -> np.ndarray:
+    """One 64-bit key for each Feistel round."""
+    return np.random.SeedSequence([seed, epoch]).generate_state(_FEISTEL_ROUNDS, np.uint64)

@@ -1,0 +1,1 @@
+"""Where participants run, and how tasks and contributions move."""

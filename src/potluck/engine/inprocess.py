@@ -1,0 +1,144 @@
+"""All participants in this process, one after the other, on the wall clock or on a simulated one."""
+
+from __future__ import annotations
+
+import hashlib
+import heapq
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+
+from potluck.contribution import Contribution, ParticipantId, ParticipantInfo, Reply, Task, TaskId, kept
+from potluck.errors import PotluckError
+from potluck.recipe.sources import Profile
+
+Perform = Callable[[ParticipantId, Task], Contribution]
+WireBytes = Callable[[Task | Contribution], int]
+
+
+@dataclass(order=True)
+class _Pending:
+    """A task under way: due to be performed, or, once there is a reply, to arrive."""
+
+    due: float
+    task_id: TaskId
+    to: ParticipantId = field(compare=False)
+    task: Task = field(compare=False)
+    sent: float = field(compare=False)
+    down_bytes: int = field(compare=False)
+    reply: Reply | None = field(compare=False, default=None)
+
+
+class InProcess:
+    """The embedded engine.
+
+    Without profiles a task is performed when its reply is received, in the order of sending, and time is the wall
+    clock's. With a profile for each participant time is virtual: a task travels down at the participant's bandwidth,
+    is worked on at its speed (one task at a time), and travels up; replies come in the order of their arrival, the
+    same in every run.
+
+    Args:
+        roster: Who takes part, in the order in which contributions are summed.
+        perform: The participants' side. A `PotluckError` from it becomes a failed reply.
+        wire_bytes: Size of a message as serialised. Messages themselves are handed over, not copied.
+        profiles: A simulated device for each participant, or none.
+        seed: Of the draws of availability.
+    """
+
+    def __init__(
+        self,
+        roster: Sequence[ParticipantInfo],
+        perform: Perform,
+        wire_bytes: WireBytes,
+        profiles: Mapping[ParticipantId, Profile] | None = None,
+        seed: int = 0,
+    ) -> None:
+        self._roster = {info.name: info for info in roster}
+        self._perform = perform
+        self._wire_bytes = wire_bytes
+        self._profiles = profiles
+        self._seed = seed
+        self._queue: list[_Pending] = []
+        self._sent = 0
+        self._held: dict[ParticipantId, int] = {}
+        self._busy_until: dict[ParticipantId, float] = {}
+        self._virtual_now = 0.0
+        self._began = time.monotonic()
+
+    def roster(self) -> Mapping[ParticipantId, ParticipantInfo]:
+        """Who takes part, in the order in which contributions are summed."""
+        return self._roster
+
+    def now(self) -> float:
+        """Seconds since the engine began, on its clock."""
+        return self._virtual_now if self._profiles else time.monotonic() - self._began
+
+    def send(self, to: ParticipantId, task: Task) -> TaskId:
+        """Give a participant a task; a shared state it already holds is not sent again."""
+        new_state = self._held.get(to) != task.revision
+        down_bytes = self._wire_bytes(task if new_state else replace(task, tensors={}))
+        self._held[to] = task.revision
+        self._sent += 1
+        due = self._due(to, task, down_bytes) if self._profiles else 0.0
+        heapq.heappush(self._queue, _Pending(due, self._sent, to, task, self.now(), down_bytes))
+        return self._sent
+
+    def receive(self, timeout: float | None = None) -> Reply | None:
+        """The next reply; ``None`` if no task is under way, or if on the virtual clock none arrives in time."""
+        until = None if timeout is None else self._virtual_now + timeout
+        while self._queue:
+            if self._profiles and until is not None and self._queue[0].due > until:
+                self._virtual_now = until
+                return None
+            pending = heapq.heappop(self._queue)
+            self._virtual_now = max(self._virtual_now, pending.due)
+            if pending.reply is not None:
+                return replace(pending.reply, seconds=self.now() - pending.sent)
+            began = self.now()
+            reply = self._reply(pending)
+            if not self._profiles:
+                return replace(reply, seconds=self.now() - began)
+            heapq.heappush(self._queue, replace(pending, due=self._arrival(reply), reply=kept(reply)))
+        return None
+
+    def cancel(self, task: TaskId) -> None:
+        """Forget a task: no reply to it will come."""
+        self._queue = [pending for pending in self._queue if pending.task_id != task]
+        heapq.heapify(self._queue)
+
+    def _reply(self, pending: _Pending) -> Reply:
+        failed = Reply(task=pending.task_id, participant=pending.to, status="failed", down_bytes=pending.down_bytes)
+        if not self._available(pending):
+            return replace(failed, reason="not available", down_bytes=0)
+        try:
+            contribution = self._perform(pending.to, pending.task)
+        except PotluckError as error:
+            return replace(failed, reason=str(error))
+        return replace(failed, status="ok", contribution=contribution, up_bytes=self._wire_bytes(contribution))
+
+    def _due(self, to: ParticipantId, task: Task, down_bytes: int) -> float:
+        """When the participant will have done the task."""
+        assert self._profiles is not None
+        profile = self._profiles[to]
+        arrived = self._virtual_now + _transfer(down_bytes, profile.downlink, profile.latency)
+        begins = max(arrived, self._busy_until.get(to, 0.0))
+        done = begins + float(task.parameters.get("steps", 0)) / profile.steps_per_second
+        self._busy_until[to] = done
+        return done
+
+    def _arrival(self, reply: Reply) -> float:
+        assert self._profiles is not None
+        profile = self._profiles[reply.participant]
+        return self._virtual_now + _transfer(reply.up_bytes, profile.uplink, profile.latency)
+
+    def _available(self, pending: _Pending) -> bool:
+        """Drawn from seed, participant and revision, so that a resumed run draws the same."""
+        if not self._profiles or self._profiles[pending.to].availability == 1.0:
+            return True
+        key = f"{self._seed}/{pending.to}/{pending.task.kind}/{pending.task.revision}"
+        draw = int.from_bytes(hashlib.sha256(key.encode()).digest()[:8], "big") / 2**64
+        return draw < self._profiles[pending.to].availability
+
+
+def _transfer(size: int, megabits_per_second: float, latency_milliseconds: float) -> float:
+    return latency_milliseconds / 1e3 + size * 8 / (megabits_per_second * 1e6)

@@ -1,0 +1,27 @@
+"""What the rounds ask of an engine."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Protocol
+
+from potluck.contribution import ParticipantId, ParticipantInfo, Reply, Task, TaskId
+
+
+class Engine(Protocol):
+    """Runs participants and moves tasks and contributions; the rounds are written once, against this."""
+
+    def roster(self) -> Mapping[ParticipantId, ParticipantInfo]:
+        """Who takes part, in the order in which contributions are summed."""
+
+    def send(self, to: ParticipantId, task: Task) -> TaskId:
+        """Give a participant a task."""
+
+    def receive(self, timeout: float | None = None) -> Reply | None:
+        """The next reply in order of engine time; ``None`` after ``timeout`` seconds or if nothing is under way."""
+
+    def cancel(self, task: TaskId) -> None:
+        """Forget a task: no reply to it will come."""
+
+    def now(self) -> float:
+        """Engine time in seconds."""

@@ -1,0 +1,94 @@
+"""Every error a person can meet, and the exit code of each class.
+
+::
+
+    PotluckError            1   anything below, and nothing else
+    ├── RecipeError         3   the recipe is wrong or contradicts itself
+    ├── CorpusError         4   text is missing, empty or too small
+    ├── ModelError          5   a model, its weights or its tokenizer cannot be used
+    ├── TrainingError       6   training cannot go on
+    │   ├── NotFinite           loss or gradients stayed NaN or infinite
+    │   └── TooFewContributors  a round had fewer contributions than it needs
+    ├── CheckpointError     7   a saved run is damaged or belongs to something else
+    ├── StorageError        8   the disk is full or cannot be written
+    ├── RunFolderError      9   the run folder is in use, taken or not a run
+    ├── MissingExtra       10   an optional library is not installed
+    └── Interrupted       130   stopped by Ctrl-C or SIGTERM, resumable
+
+Exit code 0 is success and 2 a mistake on the command line; an unforeseen exception leaves with 1
+and its traceback. ``docs/reference/exit-codes.md`` says how to mend each.
+"""
+
+from __future__ import annotations
+
+
+class PotluckError(Exception):
+    """An error for a person: what is wrong and where, and in ``hint`` what to do about it."""
+
+    exit_code = 1
+
+    def __init__(self, message: str, hint: str = "") -> None:
+        super().__init__(message)
+        self.hint = hint
+
+
+class RecipeError(PotluckError):
+    """The recipe is wrong or contradicts itself."""
+
+    exit_code = 3
+
+
+class CorpusError(PotluckError):
+    """Text is missing, empty or too small."""
+
+    exit_code = 4
+
+
+class ModelError(PotluckError):
+    """A model, its weights or its tokenizer cannot be used."""
+
+    exit_code = 5
+
+
+class TrainingError(PotluckError):
+    """Training cannot go on."""
+
+    exit_code = 6
+
+
+class NotFinite(TrainingError):
+    """Loss or gradients stayed NaN or infinite for longer than the recipe allows."""
+
+
+class TooFewContributors(TrainingError):
+    """A round had fewer contributions than the recipe asks for."""
+
+
+class CheckpointError(PotluckError):
+    """A saved run is damaged or belongs to something else."""
+
+    exit_code = 7
+
+
+class StorageError(PotluckError):
+    """The disk is full or cannot be written."""
+
+    exit_code = 8
+
+
+class RunFolderError(PotluckError):
+    """The run folder is in use, already taken or not a run."""
+
+    exit_code = 9
+
+
+class MissingExtra(PotluckError):
+    """An optional library is not installed."""
+
+    exit_code = 10
+
+
+class Interrupted(PotluckError):
+    """The run was stopped from outside; what it had reached is saved."""
+
+    exit_code = 130

@@ -1,0 +1,78 @@
+"""The one model instance of a process, and what it computes on."""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+from transformers import PreTrainedModel
+
+from potluck.errors import RecipeError
+from potluck.models.flat import FlatParameters, flatten
+from potluck.recipe.schema import Compute
+
+
+@dataclass(frozen=True)
+class Network:
+    """A model whose parameters are views of one flat vector; participants take turns in it.
+
+    Attributes:
+        autocast: The local steps run in bf16 where that is safe; parameters and moments stay fp32.
+    """
+
+    model: PreTrainedModel
+    flat: FlatParameters
+    device: torch.device
+    autocast: bool
+
+    def precision(self) -> AbstractContextManager[object]:
+        """Context of a forward pass."""
+        return torch.autocast(self.device.type, torch.bfloat16) if self.autocast else nullcontext()
+
+
+def place(model: PreTrainedModel, compute: Compute) -> Network:
+    """Put a model on the recipe's device.
+
+    Raises:
+        RecipeError: The device does not exist.
+    """
+    device = _device(compute.device)
+    flat = flatten(model, device)
+    if compute.gradient_checkpointing:
+        model.activation_checkpointing_enable()
+    if compute.compile:
+        model.compile()
+    autocast = compute.precision == "bf16" or (compute.precision == "auto" and device.type == "cuda")
+    return Network(model, flat, device, autocast)
+
+
+def token_losses(network: Network, tokens: Tensor, reduction: str) -> Tensor:
+    """Cross-entropy of each token given those before it in its sequence, in nats.
+
+    Args:
+        tokens: int64 ``(batch, length + 1)``; the first of a sequence is only context.
+        reduction: ``mean`` or ``sum`` over the ``batch x length`` predictions.
+    """
+    with network.precision():
+        logits = network.model(input_ids=tokens[:, :-1], use_cache=False).logits
+    return functional.cross_entropy(logits.float().flatten(0, 1), tokens[:, 1:].flatten(), reduction=reduction)
+
+
+def host_vector(size: int, device: torch.device) -> Tensor:
+    """Zeros in host memory, pinned if a GPU is to copy them."""
+    return torch.zeros(size, dtype=torch.float32, pin_memory=device.type == "cuda")
+
+
+def _device(name: str) -> torch.device:
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0]
+        raise RecipeError(f"compute.device {name!r} cannot be used: {reason}", 'set compute.device = "auto"') from None
+    return device

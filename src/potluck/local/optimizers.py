@@ -1,0 +1,100 @@
+"""The inner optimizer: PyTorch's own, with all its moments in one flat vector."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from potluck.models.flat import FlatParameters
+from potluck.recipe.schema import AdamW, LocalOptimizer, LocalSgd, Muon
+
+_Group = dict[str, object]
+
+
+class InnerOptimizer:
+    """AdamW, Muon with AdamW, or SGD over the model's parameters.
+
+    Its moments are views of a flat vector that belongs to a participant: ``bind`` swaps participants by
+    pointing at another vector, and a checkpoint of that vector and a step count is complete.
+
+    Args:
+        table: The recipe's ``local.optimizer``.
+        flat: The parameters.
+        embeddings: Parameters that Muon leaves to AdamW although they are matrices: embeddings and head.
+    """
+
+    def __init__(self, table: LocalOptimizer, flat: FlatParameters, embeddings: Iterable[nn.Parameter]) -> None:
+        self._optimizers = _optimizers(table, flat.parameters, {id(p) for p in embeddings})
+        for group in (group for optimizer in self._optimizers for group in optimizer.param_groups):
+            group["peak"] = group["lr"]
+        self._slots = [
+            (optimizer, p, slot)
+            for optimizer in self._optimizers
+            for slot in _slots(optimizer)
+            for group in optimizer.param_groups
+            for p in group["params"]
+        ]
+        self.size = sum(p.numel() for _, p, _ in self._slots)
+        self.steps = 0
+
+    def bind(self, moments: Tensor, steps: int) -> None:
+        """Continue from a participant's moments.
+
+        Args:
+            moments: fp32 ``(size,)`` on the parameters' device; steps write into it.
+            steps: Optimizer steps behind them (AdamW's bias correction).
+        """
+        self.steps = steps
+        offset = 0
+        for optimizer, parameter, slot in self._slots:
+            view = moments[offset : offset + parameter.numel()].view_as(parameter)
+            optimizer.state[parameter][slot] = view
+            if isinstance(optimizer, torch.optim.AdamW):
+                optimizer.state[parameter]["step"] = torch.tensor(float(steps), device=parameter.device)
+            offset += parameter.numel()
+
+    def step(self, rate: float) -> None:
+        """One step at ``rate`` times the peak learning rate."""
+        for optimizer in self._optimizers:
+            for group in optimizer.param_groups:
+                group["lr"] = group["peak"] * rate
+            optimizer.step()
+        self.steps += 1
+
+
+def _optimizers(
+    table: LocalOptimizer, parameters: Sequence[nn.Parameter], embeddings: set[int]
+) -> list[torch.optim.Optimizer]:
+    match table:
+        case AdamW():
+            return [_adamw(parameters, table.learning_rate, table)]
+        case Muon():
+            matrices = [p for p in parameters if p.ndim == 2 and id(p) not in embeddings]
+            others = [p for p in parameters if p.ndim != 2 or id(p) in embeddings]
+            muon = torch.optim.Muon(
+                matrices, lr=table.learning_rate, momentum=table.momentum, weight_decay=table.weight_decay
+            )
+            return [muon, _adamw(others, table.adamw_learning_rate, table)]
+        case LocalSgd():
+            groups = _decay_matrices(parameters, table.weight_decay)
+            return [torch.optim.SGD(groups, lr=table.learning_rate, momentum=table.momentum, fused=True)]
+
+
+def _adamw(parameters: Sequence[nn.Parameter], rate: float, table: AdamW | Muon) -> torch.optim.Optimizer:
+    groups = _decay_matrices(parameters, table.weight_decay)
+    return torch.optim.AdamW(groups, lr=rate, betas=(table.beta1, table.beta2), eps=table.epsilon, fused=True)
+
+
+def _decay_matrices(parameters: Sequence[nn.Parameter], weight_decay: float) -> list[_Group]:
+    matrices = [p for p in parameters if p.ndim >= 2]
+    vectors = [p for p in parameters if p.ndim < 2]
+    groups: list[_Group] = [{"params": matrices, "weight_decay": weight_decay}]
+    return [*groups, {"params": vectors, "weight_decay": 0.0}] if vectors else groups
+
+
+def _slots(optimizer: torch.optim.Optimizer) -> tuple[str, ...]:
+    if isinstance(optimizer, torch.optim.AdamW):
+        return ("exp_avg", "exp_avg_sq")
+    return ("momentum_buffer",) if optimizer.defaults["momentum"] else ()

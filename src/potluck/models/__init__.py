@@ -1,0 +1,1 @@
+"""Causal language models through `transformers`, and one flat view of their parameters."""

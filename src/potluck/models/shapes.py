@@ -1,0 +1,97 @@
+"""Shapes of models and what they cost, without loading torch."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+from potluck.errors import ModelError
+from potluck.recipe.schema import Model, ModelFolder, Preset, Shape
+
+# `35m` has the layers, heads and width of the 35M model of arXiv 2503.09799, `125m` those of Photon's 125M model
+# (arXiv 2411.02908). Both use a gated MLP of two thirds the paper's inner size: the same number of parameters.
+PRESETS: dict[str, Shape] = {
+    "tiny": Shape(layers=4, width=128, heads=4, feedforward=352, context=512),
+    "small": Shape(layers=6, width=256, heads=8, feedforward=704, context=1024),
+    "35m": Shape(layers=6, width=512, heads=8, feedforward=1376, context=2048, qk_norm=True),
+    "125m": Shape(layers=12, width=768, heads=12, feedforward=2048, context=2048, qk_norm=True),
+}
+
+_MAX_HEADER_BYTES = 100 << 20
+
+
+def shape_of(model: Model) -> Shape | None:
+    """The shape a recipe describes, or ``None`` for a model folder."""
+    match model:
+        case Preset(preset=name):
+            return PRESETS[name]
+        case Shape():
+            return model
+        case ModelFolder():
+            return None
+
+
+def parameter_count(model: Model, vocabulary_size: int) -> int:
+    """Parameters of the model, tied ones once.
+
+    Raises:
+        ModelError: A model folder is missing or holds no safetensors.
+    """
+    shape = shape_of(model)
+    if shape is None:
+        assert isinstance(model, ModelFolder)
+        return _stored_parameters(Path(model.path))
+    head = shape.width // shape.heads
+    key_value = (shape.kv_heads or shape.heads) * head
+    attention = 2 * shape.width * shape.width + 2 * shape.width * key_value + (2 * head if shape.qk_norm else 0)
+    layer = attention + 3 * shape.width * shape.feedforward + 2 * shape.width
+    embeddings = vocabulary_size * shape.width * (1 if shape.tied else 2)
+    return shape.layers * layer + embeddings + shape.width
+
+
+def context_length(model: Model) -> int:
+    """Longest sequence in tokens that the model is declared for."""
+    shape = shape_of(model)
+    if shape is not None:
+        return shape.context
+    assert isinstance(model, ModelFolder)
+    config = folder_config(Path(model.path))
+    return int(config.get("max_position_embeddings") or config.get("n_positions") or 1 << 30)
+
+
+def folder_config(folder: Path) -> dict[str, Any]:
+    """``config.json`` of a model folder.
+
+    Raises:
+        ModelError: It is not there or not JSON.
+    """
+    try:
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ModelError(f"{folder}: not a model folder ({error})", "save it with model.save_pretrained") from None
+    if not isinstance(config, dict):
+        raise ModelError(f"{folder}/config.json: not a JSON object")
+    return config
+
+
+def _stored_parameters(folder: Path) -> int:
+    """Sum of the sizes in the headers of the folder's safetensors files."""
+    files = sorted(folder.glob("*.safetensors"))
+    if not files:
+        raise ModelError(
+            f"{folder}: no *.safetensors file", "potluck loads nothing pickled; save with safe_serialization=True"
+        )
+    total = 0
+    for path in files:
+        with path.open("rb") as file:
+            length = int.from_bytes(file.read(8), "little")
+            if not 2 <= length <= min(_MAX_HEADER_BYTES, path.stat().st_size):
+                raise ModelError(f"{path}: not a safetensors file, or cut off")
+            try:
+                header = json.loads(file.read(length))
+                total += sum(math.prod(t["shape"]) for name, t in header.items() if name != "__metadata__")
+            except (ValueError, KeyError, TypeError) as error:
+                raise ModelError(f"{path}: not a safetensors file ({error})") from None
+    return total

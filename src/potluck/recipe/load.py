@@ -1,0 +1,224 @@
+"""From a TOML file, what it extends and ``--set`` to a checked recipe, with errors for people."""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+import json
+import tomllib
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, get_args
+
+import tomli_w
+from pydantic import BaseModel, ValidationError
+from pydantic_core import ErrorDetails
+
+from potluck.errors import RecipeError
+from potluck.recipe.schema import Recipe
+
+# A table of alternatives is replaced as a whole: half a model folder and half a preset mean nothing.
+_WHOLE_TABLES = {"source", "model", "split"}
+_PATH_KEYS = {"path", "jsonl", "file"}
+
+
+def load_recipe(path: str | Path, settings: Sequence[str] = ()) -> Recipe:
+    """Read, merge and check a recipe.
+
+    Args:
+        path: TOML file. Its ``extends`` names the file it builds on; paths in a file are relative to that file.
+        settings: ``section.key=value`` from the command line, checked by the same schema.
+
+    Raises:
+        RecipeError: The file cannot be read, or what it says is wrong; the message names every fault.
+    """
+    raw = _read(Path(path), ())
+    for item in settings:
+        raw = _merge(raw, _absolute_paths(_parse_setting(item, raw), Path.cwd()))
+    return parse_recipe(raw, str(path))
+
+
+def parse_recipe(raw: dict[str, Any], where: str = "recipe") -> Recipe:
+    """Check the content of a recipe.
+
+    Raises:
+        RecipeError: naming every fault, with the key that was probably meant.
+    """
+    try:
+        return Recipe.model_validate(raw)
+    except ValidationError as error:
+        faults = [_explain(fault) for fault in error.errors(include_url=False)]
+        shown = faults[0] if len(faults) == 1 else "".join(f"\n  - {fault}" for fault in faults)
+        raise RecipeError(f"{where}: {shown}", "docs/reference/recipe.md lists every key") from None
+
+
+def recipe_toml(recipe: Recipe) -> str:
+    """The resolved recipe as a TOML file that gives the same run."""
+    return tomli_w.dumps(recipe.model_dump(mode="json", exclude_none=True))
+
+
+def recipe_hash(recipe: Recipe) -> str:
+    """SHA-256 of all that decides a run's numbers: not of where it is written or on what it computes."""
+    content = recipe.model_dump(mode="json", exclude={"records": True, "compute": True, "data": {"shards"}})
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
+def _read(path: Path, children: tuple[Path, ...]) -> dict[str, Any]:
+    if path in children:
+        raise RecipeError(f"{path}: extends itself through {' -> '.join(map(str, children))}")
+    try:
+        raw = tomllib.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise RecipeError(f"{path}: there is no such recipe") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise RecipeError(f"{path}: cannot be read ({error})") from None
+    except tomllib.TOMLDecodeError as error:
+        raise RecipeError(f"{path}: not valid TOML: {error}") from None
+    extended = raw.pop("extends", None)
+    raw = dict(_absolute_paths(raw, path.parent))
+    if extended is None:
+        return raw
+    if not isinstance(extended, str):
+        raise RecipeError(f"{path}: extends must be the path of one recipe")
+    return _merge(_read(path.parent / extended, (*children, path)), raw)
+
+
+def _absolute_paths(value: Any, folder: Path, key: str = "") -> Any:
+    """Make the paths of sources, models and tokenizers absolute."""
+    if isinstance(value, dict):
+        return {k: _absolute_paths(v, folder, k) for k, v in value.items()}
+    if isinstance(value, list):
+        return [_absolute_paths(v, folder) for v in value]
+    if isinstance(value, str) and key in _PATH_KEYS:
+        return str((folder / Path(value).expanduser()).absolute())
+    if isinstance(value, str) and key == "dataset" and (folder / value).exists():
+        return str((folder / value).absolute())
+    return value
+
+
+def _merge(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
+    """``over`` wins; a table whose ``kind`` changes starts afresh."""
+    merged = dict(base)
+    for key, value in over.items():
+        old = merged.get(key)
+        if isinstance(old, dict) and isinstance(value, dict) and _same_kind(key, old, value):
+            merged[key] = _merge(old, value)
+        else:
+            merged[key] = value
+    return merged
+
+
+def _same_kind(key: str, old: dict[str, Any], new: dict[str, Any]) -> bool:
+    if key in _WHOLE_TABLES:
+        return False
+    return "kind" not in new or new["kind"] == old.get("kind", new["kind"])
+
+
+def _parse_setting(item: str, raw: dict[str, Any]) -> dict[str, Any]:
+    """``a.b=value`` as a nested table; the value is TOML, or else a string."""
+    key, equals, text = item.partition("=")
+    parts = key.strip().split(".")
+    if not equals or not all(parts):
+        raise RecipeError(f"--set {item}: write section.key=value")
+    try:
+        value: Any = tomllib.loads(f"value = {text}")["value"]
+    except tomllib.TOMLDecodeError:
+        value = text
+    for depth in range(len(parts) - 1, -1, -1):
+        owner = _follow(raw, parts[:depth])
+        if isinstance(owner, list):  # a list is replaced whole, so carry its other items along
+            if not parts[depth].isdigit() or int(parts[depth]) >= len(owner):
+                raise RecipeError(f"--set {item}: {'.'.join(parts[:depth])} has items 0 to {len(owner) - 1}")
+            at = int(parts[depth])
+            value = [_merge(o, value) if i == at else o for i, o in enumerate(owner)]
+        else:
+            if isinstance(owner, dict) and parts[depth] in _WHOLE_TABLES and depth < len(parts) - 1:
+                value = {**owner.get(parts[depth], {}), **value}
+            value = {parts[depth]: value}
+    return dict(value)
+
+
+def _follow(raw: Any, parts: Sequence[str]) -> Any:
+    for part in parts:
+        if isinstance(raw, dict):
+            raw = raw.get(part)
+        elif isinstance(raw, list) and part.isdigit() and int(part) < len(raw):
+            raw = raw[int(part)]
+        else:
+            return None
+    return raw
+
+
+def _explain(fault: ErrorDetails) -> str:
+    """One fault as a sentence that names the key as the user wrote it."""
+    tables, where = _tables_along(fault["loc"])
+    message = fault["msg"].removeprefix("Value error, ")
+    if fault["type"] == "extra_forbidden":
+        return f"{where}: unknown key{_suggest(str(fault['loc'][-1]), tables[-1])}"
+    if fault["type"] == "missing":
+        return f"{where}: must be given"
+    if fault["type"] == "value_error":
+        return f"{where}: {message}" if where else message
+    if fault["type"] in ("union_tag_invalid", "literal_error"):
+        expected = str((fault.get("ctx") or {}).get("expected_tags") or (fault.get("ctx") or {}).get("expected"))
+        given = fault["input"].get("kind") if isinstance(fault["input"], dict) else fault["input"]
+        return f"{where}: {given!r} is not one of {expected}{_closest(str(given), expected)}"
+    shown = "" if isinstance(fault["input"], dict) else f", not {fault['input']!r}"
+    return f"{where}: {message[0].lower()}{message[1:]}{shown}"
+
+
+def _closest(word: str, among: str) -> str:
+    close = difflib.get_close_matches(word, [part.strip("' ") for part in among.replace(" or ", ",").split(",")], 1)
+    return f"; did you mean {close[0]!r}?" if close else ""
+
+
+def _suggest(key: str, table: type[BaseModel]) -> str:
+    close = difflib.get_close_matches(key, table.model_fields, 1)
+    if close:
+        return f"; did you mean {close[0]!r}?"
+    elsewhere = [path for path, name in _all_keys(Recipe, "") if name == key]
+    if elsewhere:
+        return f"; did you mean {elsewhere[0]}?"
+    return f"; this table has {', '.join(table.model_fields)}"
+
+
+def _all_keys(table: type[BaseModel], prefix: str) -> Iterator[tuple[str, str]]:
+    for name, field in table.model_fields.items():
+        yield prefix + name, name
+        for inner in _tables_in(field.annotation):
+            yield from _all_keys(inner, f"{prefix}{name}.")
+
+
+def _tables_in(annotation: Any) -> list[type[BaseModel]]:
+    """The tables an annotation admits, looking through unions, tuples and ``Annotated``."""
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return [annotation]
+    return [table for inner in get_args(annotation) for table in _tables_in(inner)]
+
+
+def _tables_along(loc: Sequence[str | int]) -> tuple[list[type[BaseModel]], str]:
+    """The tables a fault's location passes, and the location without pydantic's union tags."""
+    tables: list[type[BaseModel]] = [Recipe]
+    options: list[type[BaseModel]] = []
+    shown: list[str] = []
+    for part in loc:
+        if isinstance(part, int):
+            shown.append(str(part))
+        elif len(options) > 1:  # this part is the tag that chose among them
+            chosen = [o for o in options if _has_tag(o, part)]
+            tables.append((chosen or options)[0])
+            options = []
+        else:
+            shown.append(part)
+            field = tables[-1].model_fields.get(part)
+            options = _tables_in(field.annotation) if field else []
+            if len(options) == 1:
+                tables.append(options[0])
+    return tables, ".".join(shown)
+
+
+def _has_tag(table: type[BaseModel], tag: str) -> bool:
+    kind = table.model_fields.get("kind")
+    if kind is not None:
+        return bool(kind.default == tag)
+    return tag in table.model_fields or (tag == "shape" and "layers" in table.model_fields)

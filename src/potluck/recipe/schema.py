@@ -1,0 +1,398 @@
+"""The typed recipe: everything that decides the numbers of one run.
+
+Every key has a unit, a default and a sentence; ``docs/reference/recipe.md`` is made from them.
+Unknown keys are refused. A recipe is frozen: what a run did is what its recipe says.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, model_validator
+
+from potluck.recipe.sources import Data, Participant
+from potluck.recipe.table import Table, setting
+
+# --- tokenizer -------------------------------------------------------------------------------
+
+
+class Bytes(Table):
+    """Every byte is a token: nothing is learnt, nothing is shared."""
+
+    kind: Literal["bytes"] = setting("bytes", "Every byte of UTF-8 text is one token.")
+
+
+class Bpe(Table):
+    """Byte-level BPE trained on the participants' training text, which the trainer reads in full."""
+
+    kind: Literal["bpe"] = setting("bpe", "Byte-level BPE, trained on all participants' text.")
+    vocab_size: int = setting(2048, "Size of the vocabulary.", unit="tokens", ge=257, le=1_000_000)
+
+
+class TokenizerFolder(Table):
+    """A tokenizer that already exists."""
+
+    kind: Literal["folder"] = setting("folder", "A Hugging Face tokenizer folder.")
+    path: str = setting(..., "Folder with `tokenizer.json`, relative to the recipe.")
+
+
+Tokenizer = Annotated[Bytes | Bpe | TokenizerFolder, Field(discriminator="kind")]
+
+# --- model -----------------------------------------------------------------------------------
+
+PresetName = Literal["tiny", "small", "35m", "125m"]
+
+
+class Preset(Table):
+    """A shape with a name; `docs/reference/recipe.md` lists them."""
+
+    preset: PresetName = setting("tiny", "Named shape: about 1M, 6M, 35M or 125M parameters.")
+
+
+class Shape(Table):
+    """A Llama-type decoder (Qwen3-type with `qk_norm`), initialised at random from the seed."""
+
+    layers: int = setting(..., "Decoder layers.", unit="layers", ge=1)
+    width: int = setting(..., "Size of the residual stream.", unit="features", ge=8)
+    heads: int = setting(..., "Attention heads; must divide `width`.", unit="heads", ge=1)
+    kv_heads: int | None = setting(
+        None, "Key and value heads; must divide `heads`; all of them if left out.", unit="heads"
+    )
+    feedforward: int = setting(..., "Inner size of the gated (SwiGLU) MLP.", unit="features", ge=8)
+    context: int = setting(2048, "Longest sequence the model is declared for.", unit="tokens", ge=8)
+    qk_norm: bool = setting(False, "RMS-normalise queries and keys (Qwen3 in place of Llama).")
+    tied: bool = setting(True, "Share the embedding matrix with the output head.")
+
+    @model_validator(mode="after")
+    def _divisible(self) -> Shape:
+        if self.width % self.heads or (self.width // self.heads) % 2:
+            raise ValueError(f"width {self.width} must split into {self.heads} heads of even size")
+        if self.kv_heads is not None and (self.kv_heads < 1 or self.heads % self.kv_heads):
+            raise ValueError(f"kv_heads {self.kv_heads} must divide heads {self.heads}")
+        return self
+
+
+class ModelFolder(Table):
+    """Any causal language model saved by `save_pretrained`."""
+
+    path: str = setting(..., "Model folder, relative to the recipe.")
+
+
+def _model_kind(value: Any) -> str:
+    keys = value if isinstance(value, dict) else type(value).model_fields
+    return next((key for key in ("preset", "path") if key in keys), "shape")
+
+
+Model = Annotated[
+    Annotated[Preset, Tag("preset")] | Annotated[Shape, Tag("shape")] | Annotated[ModelFolder, Tag("path")],
+    Discriminator(_model_kind),
+]
+
+# --- local steps -----------------------------------------------------------------------------
+
+
+class AdamW(Table):
+    """AdamW, fused (Loshchilov and Hutter, arXiv 1711.05101)."""
+
+    kind: Literal["adamw"] = setting("adamw", "AdamW.")
+    learning_rate: float = setting(2e-3, "Peak learning rate.", gt=0)
+    beta1: float = setting(0.9, "Decay of the first moment.", unit="per step", ge=0, lt=1)
+    beta2: float = setting(0.99, "Decay of the second moment.", unit="per step", ge=0, lt=1)
+    epsilon: float = setting(1e-8, "Added to the root of the second moment.", gt=0)
+    weight_decay: float = setting(0.1, "Decoupled decay of matrices; vectors are spared.", ge=0)
+
+
+class Muon(Table):
+    """Muon on the matrices of the layers, AdamW on embeddings, head and vectors (MuLoCo, arXiv 2505.23725)."""
+
+    kind: Literal["muon"] = setting("muon", "Muon for matrices, AdamW for the rest.")
+    learning_rate: float = setting(0.02, "Peak learning rate of Muon.", gt=0)
+    momentum: float = setting(0.95, "Momentum of Muon.", unit="per step", ge=0, lt=1)
+    adamw_learning_rate: float = setting(2e-3, "Peak learning rate of AdamW.", gt=0)
+    beta1: float = setting(0.9, "AdamW: decay of the first moment.", unit="per step", ge=0, lt=1)
+    beta2: float = setting(0.99, "AdamW: decay of the second moment.", unit="per step", ge=0, lt=1)
+    epsilon: float = setting(1e-8, "AdamW: added to the root of the second moment.", gt=0)
+    weight_decay: float = setting(0.1, "Decoupled decay of matrices; vectors are spared.", ge=0)
+
+
+class LocalSgd(Table):
+    """Stochastic gradient descent."""
+
+    kind: Literal["sgd"] = setting("sgd", "SGD.")
+    learning_rate: float = setting(0.1, "Peak learning rate.", gt=0)
+    momentum: float = setting(0.0, "Heavy-ball momentum.", unit="per step", ge=0, lt=1)
+    weight_decay: float = setting(0.0, "L2 penalty on matrices; vectors are spared.", ge=0)
+
+
+LocalOptimizer = Annotated[AdamW | Muon | LocalSgd, Field(discriminator="kind")]
+
+
+class Constant(Table):
+    """Warm-up, then constant."""
+
+    kind: Literal["constant"] = setting("constant", "Warm-up, then constant.")
+    warmup_steps: int = setting(0, "Linear warm-up.", unit="local steps", ge=0)
+
+
+class Cosine(Table):
+    """Warm-up, then half a cosine over the run's total local steps."""
+
+    kind: Literal["cosine"] = setting("cosine", "Warm-up, then half a cosine.")
+    warmup_steps: int = setting(0, "Linear warm-up.", unit="local steps", ge=0)
+    final_fraction: float = setting(0.1, "Where it ends.", unit="fraction of the peak", ge=0, le=1)
+
+
+class WarmupStableDecay(Table):
+    """Warm-up, plateau, then `1 - sqrt` decay over the last part of the run (arXiv 2405.18392)."""
+
+    kind: Literal["wsd"] = setting("wsd", "Warm-up, stable, decay.")
+    warmup_steps: int = setting(0, "Linear warm-up.", unit="local steps", ge=0)
+    decay_fraction: float = setting(0.2, "Length of the decay.", unit="fraction of the run", gt=0, le=1)
+    final_fraction: float = setting(0.0, "Where it ends.", unit="fraction of the peak", ge=0, le=1)
+
+
+Schedule = Annotated[Constant | Cosine | WarmupStableDecay, Field(discriminator="kind")]
+
+
+class Local(Table):
+    """What a participant does between two rounds."""
+
+    batch_size: int = setting(8, "Sequences in one forward pass.", unit="sequences", ge=1)
+    sequence_length: int = setting(128, "Tokens in one sequence.", unit="tokens", ge=2)
+    accumulation: int = setting(1, "Forward passes whose gradients make one local step.", unit="batches", ge=1)
+    clip_norm: float = setting(1.0, "Clip the gradient's norm to this; 0 is off.", ge=0)
+    keep_optimizer: bool = setting(
+        True, "Keep each participant's optimizer state from round to round (DiLoCo); else reset."
+    )
+    proximal: float = setting(
+        0.0, "FedProx: pull towards the shared state, (rho/2)|theta_i - theta|^2; 0 is off.", ge=0
+    )
+    max_skipped_steps: int = setting(
+        5, "Steps in a row that may be skipped for a non-finite loss or gradient.", unit="local steps", ge=0
+    )
+    optimizer: LocalOptimizer = setting(AdamW(), "The inner optimizer.")
+    schedule: Schedule = setting(Cosine(), "Learning rate over the run's total local steps.")
+
+
+# --- rounds and outer step ---------------------------------------------------------------------
+
+
+class Rounds(Table):
+    """How often, who, and how much."""
+
+    count: int = setting(10, "Rounds of the run.", unit="rounds", ge=1)
+    local_steps: int | None = setting(
+        None, "Local steps per round (H); 20 if `local_tokens` is left out too.", unit="local steps", ge=1
+    )
+    local_tokens: int | None = setting(
+        None, "Tokens per participant and round, in place of `local_steps`.", unit="tokens", ge=1
+    )
+    participants_per_round: int | None = setting(
+        None, "How many are asked each round; everyone if left out.", unit="participants", ge=1
+    )
+    fraction: float | None = setting(
+        None, "How many are asked each round, as a share of all.", unit="fraction", gt=0, le=1
+    )
+    sampling: Literal["without-replacement", "uniform"] = setting(
+        "without-replacement",
+        "Who is asked: nobody twice until all have served, or drawn afresh each round.",
+    )
+    weights: Literal["tokens", "examples", "uniform"] = setting("tokens", "What a contribution weighs in the mean.")
+    min_contributors: int | None = setting(
+        None, "Fewer contributions fail the round; half of those asked if left out.", unit="participants", ge=1
+    )
+    on_failure: Literal["continue", "stop"] = setting("continue", "What the run does when a participant fails.")
+    evaluate_every: int = setting(
+        1, "Rounds between two evaluations on held-out text; the last is always evaluated.", unit="rounds", ge=1
+    )
+
+
+class OuterSgd(Table):
+    """theta <- theta - eta b, b <- mu b + Delta; eta 1 and mu 0 is FedAvg (arXiv 1602.05629)."""
+
+    kind: Literal["sgd"] = setting("sgd", "SGD; with the defaults the plain mean (FedAvg).")
+    learning_rate: float = setting(1.0, "Outer learning rate (eta).", gt=0)
+    momentum: float = setting(0.0, "Heavy-ball momentum (mu).", unit="per round", ge=0, lt=1)
+
+
+class OuterNesterov(Table):
+    """theta <- theta - eta (Delta + mu b), b <- mu b + Delta: DiLoCo (arXiv 2311.08105)."""
+
+    kind: Literal["nesterov"] = setting("nesterov", "Nesterov momentum (DiLoCo).")
+    learning_rate: float = setting(0.7, "Outer learning rate (eta).", gt=0)
+    momentum: float = setting(0.9, "Momentum (mu).", unit="per round", ge=0, lt=1)
+
+
+class OuterAdam(Table):
+    """FedAdam (arXiv 2003.00295)."""
+
+    kind: Literal["adam"] = setting("adam", "FedAdam.")
+    learning_rate: float = setting(0.1, "Outer learning rate (eta).", gt=0)
+    beta1: float = setting(0.9, "Decay of the first moment.", unit="per round", ge=0, lt=1)
+    beta2: float = setting(0.99, "Decay of the second moment.", unit="per round", ge=0, lt=1)
+    epsilon: float = setting(1e-3, "Bounds the adaptivity (tau in the paper).", gt=0)
+
+
+class OuterYogi(Table):
+    """FedYogi (arXiv 2003.00295)."""
+
+    kind: Literal["yogi"] = setting("yogi", "FedYogi.")
+    learning_rate: float = setting(0.01, "Outer learning rate (eta).", gt=0)
+    beta1: float = setting(0.9, "Decay of the first moment.", unit="per round", ge=0, lt=1)
+    beta2: float = setting(0.99, "Decay of the second moment.", unit="per round", ge=0, lt=1)
+    epsilon: float = setting(1e-3, "Bounds the adaptivity (tau in the paper).", gt=0)
+
+
+class OuterAdagrad(Table):
+    """FedAdagrad (arXiv 2003.00295)."""
+
+    kind: Literal["adagrad"] = setting("adagrad", "FedAdagrad.")
+    learning_rate: float = setting(0.1, "Outer learning rate (eta).", gt=0)
+    beta1: float = setting(0.0, "Decay of the first moment.", unit="per round", ge=0, lt=1)
+    epsilon: float = setting(1e-3, "Bounds the adaptivity (tau in the paper).", gt=0)
+
+
+Outer = Annotated[OuterSgd | OuterNesterov | OuterAdam | OuterYogi | OuterAdagrad, Field(discriminator="kind")]
+
+# --- where and how -----------------------------------------------------------------------------
+
+
+class Compute(Table):
+    """What the local steps run on. It does not change the algorithm."""
+
+    device: str = setting("auto", "`auto`, `cpu`, `cuda` or `cuda:N`.")
+    precision: Literal["auto", "fp32", "bf16"] = setting(
+        "auto", "Autocast of the local steps; `auto` is bf16 on a GPU and fp32 elsewhere."
+    )
+    threads: int = setting(0, "CPU threads; 0 leaves the choice to torch.", unit="threads", ge=0)
+    compile: bool = setting(False, "Run the model through `torch.compile`.")
+    gradient_checkpointing: bool = setting(False, "Recompute activations: less memory, more time.")
+
+
+class InProcess(Table):
+    """All participants in this process, one after the other."""
+
+    kind: Literal["inprocess"] = setting("inprocess", "The embedded engine.")
+
+
+class Records(Table):
+    """What the run leaves behind."""
+
+    folder: str = setting("runs/{name}", "Run folder, relative to where potluck is started.")
+    checkpoint_every: int = setting(1, "Rounds between two checkpoints.", unit="rounds", ge=1)
+    keep_last: int = setting(2, "Checkpoints kept, the newest.", unit="checkpoints", ge=1)
+    keep_best: bool = setting(True, "Also keep the one with the lowest held-out loss.")
+
+
+class Recipe(BaseModel):
+    """One run."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    version: Literal[1] = setting(1, "Version of the recipe format.")
+    name: str = setting("run", "Name of the run: letters, digits, `.`, `_`, `-`.")
+    seed: int = setting(0, "Seed of weights, batches, sampling and splits.", ge=0, lt=2**32)
+    data: Data = setting(Data(), "Text: sources, split, held-out share.")
+    participants: tuple[Participant, ...] = setting((), "Who takes part, each with its own source.")
+    tokenizer: Tokenizer = setting(Bytes(), "How text becomes tokens.")
+    model: Model = setting(Preset(), "The network everyone trains.")
+    local: Local = setting(Local(), "Local steps.")
+    rounds: Rounds = setting(Rounds(), "Rounds.")
+    outer: Outer = setting(OuterSgd(), "The outer optimizer.")
+    compute: Compute = setting(Compute(), "Device and precision.")
+    engine: InProcess = setting(InProcess(), "What runs the participants.")
+    records: Records = setting(Records(), "Run folder and checkpoints.")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _tokenizer_of_the_model(cls, values: Any) -> Any:
+        """A model folder brings its own tokenizer unless the recipe names another."""
+        if isinstance(values, dict) and "tokenizer" not in values:
+            path = values["model"].get("path") if isinstance(values.get("model"), dict) else None
+            if path is not None:
+                return {**values, "tokenizer": {"kind": "folder", "path": path}}
+        return values
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Recipe:
+        contradiction = next(_contradictions(self), None)
+        if contradiction:
+            raise ValueError(contradiction)
+        return self
+
+    @property
+    def participant_names(self) -> tuple[str, ...]:
+        """Names in the order in which contributions are summed."""
+        if self.data.split is not None:
+            digits = len(str(self.data.split.participants - 1))
+            return tuple(f"p{i:0{digits}}" for i in range(self.data.split.participants))
+        return tuple(p.name for p in self.participants)
+
+    @property
+    def tokens_per_step(self) -> int:
+        """Tokens of one local step."""
+        return self.local.batch_size * self.local.accumulation * self.local.sequence_length
+
+    @property
+    def local_steps(self) -> int:
+        """Local steps per round, H."""
+        if self.rounds.local_tokens is not None:
+            return self.rounds.local_tokens // self.tokens_per_step
+        return self.rounds.local_steps or 20
+
+    @property
+    def total_local_steps(self) -> int:
+        """Local steps of the run: the horizon of the learning-rate schedule."""
+        return self.rounds.count * self.local_steps
+
+    @property
+    def asked_per_round(self) -> int:
+        """How many participants are asked each round."""
+        everyone = len(self.participant_names)
+        if self.rounds.fraction is not None:
+            return max(1, round(self.rounds.fraction * everyone))
+        return self.rounds.participants_per_round or everyone
+
+    @property
+    def min_contributors(self) -> int:
+        """Contributions without which a round fails."""
+        return self.rounds.min_contributors or -(-self.asked_per_round // 2)
+
+
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
+
+
+def _contradictions(recipe: Recipe) -> Any:
+    """Sentences that say which keys contradict each other."""
+    names = recipe.participant_names
+    for name in (recipe.name, *names):
+        if not _NAME.fullmatch(name):
+            yield f"name {name!r}: use 1 to 64 letters, digits, '.', '_' or '-'"
+    if recipe.participants and recipe.data.split is not None:
+        yield "participants and data.split: name the participants or split one source, not both"
+    if not names:
+        yield "participants: nobody takes part; add [[participants]] or [data.split]"
+    if len(set(names)) < len(names):
+        yield f"participants: {next(n for n in names if names.count(n) > 1)!r} is named twice"
+    if (recipe.data.split is None) != (recipe.data.source is None):
+        yield "data.source and data.split go together: one source, split among participants"
+    if recipe.rounds.local_steps is not None and recipe.rounds.local_tokens is not None:
+        yield "rounds.local_steps and rounds.local_tokens: give one of them"
+    if recipe.rounds.local_tokens is not None and recipe.rounds.local_tokens % recipe.tokens_per_step:
+        yield (
+            f"rounds.local_tokens {recipe.rounds.local_tokens} is not a multiple of the "
+            f"{recipe.tokens_per_step} tokens of one local step (batch_size x accumulation x sequence_length)"
+        )
+    if recipe.rounds.participants_per_round is not None and recipe.rounds.fraction is not None:
+        yield "rounds.participants_per_round and rounds.fraction: give one of them"
+    if recipe.asked_per_round > len(names):
+        yield f"rounds.participants_per_round {recipe.asked_per_round}: there are only {len(names)} participants"
+    if recipe.min_contributors > recipe.asked_per_round:
+        yield f"rounds.min_contributors {recipe.min_contributors}: only {recipe.asked_per_round} are asked each round"
+    warmup = recipe.local.schedule.warmup_steps
+    if warmup >= recipe.total_local_steps:
+        yield f"local.schedule.warmup_steps {warmup}: the run has only {recipe.total_local_steps} local steps"
+    profiled = [p.name for p in recipe.participants if p.profile is not None]
+    if profiled and len(profiled) < len(names):
+        yield "participants.profile: give every participant a profile or none, one clock serves all"

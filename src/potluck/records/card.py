@@ -1,0 +1,138 @@
+"""The model card of an exported model: what Hugging Face shows as README.md."""
+
+from __future__ import annotations
+
+import json
+import re
+import tomllib
+from collections.abc import Iterable, Sequence
+
+from potluck.records.curves import HeldOut, RunRecord
+from potluck.records.units import bytes_text, count_text, one_line
+
+_BLOCKS = "▁▂▃▄▅▆▇█"
+_MOST_POINTS = 60
+_VARIANTS = {
+    "together": "trained by {count} participants, each on its own text, by combining their weight updates",
+    "alone": "trained by one participant on its own text",
+    "pooled": "trained on the text of all participants pooled in one place, as a yardstick",
+}
+
+
+def model_card(record: RunRecord, recipe_toml: str, base_model: str | None = None) -> str:
+    """README.md for the exported folder of a run.
+
+    Args:
+        record: The run, from `read_run`.
+        recipe_toml: The resolved recipe.
+        base_model: Name of the model that training started from, if it did not start at random.
+    """
+    how = _VARIANTS.get(record.variant, record.variant).format(count=len(record.trainers))
+    sections = [
+        _front_matter(base_model),
+        f"# {one_line(record.name)}",
+        f"A causal language model of {count_text(record.parameters)} parameters, {how}, with "
+        f"potluck {record.potluck}. It was trained on {count_text(record.total_tokens)} tokens in "
+        f"{len(record.rounds)} of {record.planned_rounds} rounds"
+        + (f" and started from {one_line(base_model)}." if base_model else "."),
+        _load(),
+        _participants(record),
+        _held_out(record),
+        _limits(record, recipe_toml),
+        _recipe(recipe_toml),
+        _versions(record),
+    ]
+    return "\n\n".join(section for section in sections if section) + "\n"
+
+
+def _front_matter(base_model: str | None) -> str:
+    base = f"base_model: {json.dumps(base_model)}\n" if base_model else ""  # a JSON string is a YAML string
+    return f"---\nlibrary_name: transformers\npipeline_tag: text-generation\n{base}tags:\n- potluck\n- federated\n---"
+
+
+def _load() -> str:
+    return (
+        "## Use\n\n```python\nfrom transformers import AutoModelForCausalLM, AutoTokenizer\n\n"
+        'folder = "."  # this folder, or its name on the hub\n'
+        "tokenizer = AutoTokenizer.from_pretrained(folder)\n"
+        "model = AutoModelForCausalLM.from_pretrained(folder)\n"
+        'tokens = model.generate(**tokenizer("Once", return_tensors="pt"), max_new_tokens=50)\n'
+        "print(tokenizer.decode(tokens[0]))\n```"
+    )
+
+
+def _participants(record: RunRecord) -> str:
+    trained: dict[str, int] = {}
+    for item in record.contributions:
+        trained[item.participant] = trained.get(item.participant, 0) + item.tokens
+    held = [item for item in record.participants if record.variant == "pooled" or item.name in record.trainers]
+    rows = [
+        (item.name, f"{item.train_documents:,}", bytes_text(item.train_bytes), count_text(item.train_tokens))
+        + ((count_text(trained[item.name]),) if item.name in trained else ("-",))
+        for item in held
+    ]
+    head = ("participant", "documents", "text", "tokens held", "tokens trained")
+    return "## Participants\n\n" + _table(head, rows)
+
+
+def _held_out(record: RunRecord) -> str:
+    if not record.evaluations:
+        return ""
+    last = record.evaluations[-1]
+    rows = [(name, *_measures(value)) for name, value in last.participants.items()]
+    if last.union:
+        rows.append(("**all**", *_measures(last.union)))
+    known = record.union_curve
+    line = ""
+    if len(known) > 1:
+        line = f"\n\nOver the run: `{_sparkline(known)}` from {known[0]:.3f} to {known[-1]:.3f} bits per byte."
+    table = _table(("held-out text of", "bytes", "bits per byte"), rows)
+    return f"## Held-out text\n\nAfter round {last.round}; lower is better.\n\n{table}{line}"
+
+
+def _measures(value: HeldOut) -> tuple[str, str]:
+    return f"{value.bytes:,}", "-" if value.bits_per_byte is None else f"{value.bits_per_byte:.3f}"
+
+
+def _limits(record: RunRecord, recipe_toml: str) -> str:
+    try:
+        tokenizer = tomllib.loads(recipe_toml).get("tokenizer")
+    except tomllib.TOMLDecodeError:
+        tokenizer = None
+    joint = isinstance(tokenizer, dict) and tokenizer.get("kind") == "bpe" and record.variant != "pooled"
+    return (
+        "## Limits\n\n"
+        f"It knows what {count_text(record.total_tokens)} training tokens of the text above can teach"
+        " and was not tuned to follow instructions or to be safe. It may reproduce passages of its training text,"
+        " and potluck says nothing about the licence of that text."
+        + (" The tokenizer was trained on all participants' training text, read in one place." if joint else "")
+    )
+
+
+def _recipe(recipe_toml: str) -> str:
+    longest = max((len(run) for run in re.findall(r"`+", recipe_toml)), default=0)
+    fence = "`" * max(3, longest + 1)
+    block = f"{fence}toml\n{recipe_toml.strip()}\n{fence}"
+    return f"## Recipe\n\n`potluck train recipe.toml` with this recipe trains it.\n\n{block}"
+
+
+def _versions(record: RunRecord) -> str:
+    rows = [("potluck", record.potluck), *((key, str(value)) for key, value in record.environment.items())]
+    rows += [("recipe hash", record.recipe_hash), ("state hash", record.state_hash or "not finished")]
+    return "## Versions\n\n" + _table(("", ""), rows)
+
+
+def _sparkline(values: Sequence[float]) -> str:
+    step = -(-len(values) // _MOST_POINTS)
+    shown = [*values[:-1:step], values[-1]]
+    low, span = min(shown), (max(shown) - min(shown)) or 1.0
+    return "".join(_BLOCKS[round((value - low) / span * (len(_BLOCKS) - 1))] for value in shown)
+
+
+def _table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    lines = [head, ["---", *("---:" for _ in head[1:])], *rows]
+    return "\n".join("| " + " | ".join(_cell(cell) for cell in line) + " |" for line in lines)
+
+
+def _cell(text: str) -> str:
+    return one_line(text).replace("|", "\\|")

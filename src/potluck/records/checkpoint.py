@@ -1,0 +1,129 @@
+"""Checkpoints: everything a run needs to go on, written so that the last good one is never lost.
+
+A checkpoint is a folder ``round-000012`` with one safetensors file per part and ``state.json``: the run's facts and
+the SHA-256 of each part. It is written under another name, forced to disk, and renamed when it is whole.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from potluck.errors import CheckpointError, StorageError
+
+FORMAT = 1
+Parts = Mapping[str, Mapping[str, Tensor]]
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A loaded checkpoint.
+
+    Attributes:
+        facts: What was saved beside the tensors; JSON.
+        parts: Tensors by part and name.
+    """
+
+    round: int
+    facts: dict[str, Any]
+    parts: dict[str, dict[str, Tensor]]
+
+
+def save_checkpoint(folder: Path, number: int, facts: Mapping[str, Any], parts: Parts) -> None:
+    """Write the checkpoint of round ``number`` below ``folder``, all or nothing.
+
+    Raises:
+        StorageError: The disk is full or cannot be written; earlier checkpoints are untouched.
+    """
+    final, partial = folder / f"round-{number:06d}", folder / f".partial-{number:06d}"
+    try:
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
+        hashes = {}
+        for part, tensors in parts.items():
+            path = partial / f"{part}.safetensors"
+            save_file(dict(tensors), path)
+            hashes[part] = _sync_and_hash(path)
+        state = partial / "state.json"
+        state.write_text(json.dumps({"format": FORMAT, "round": number, "facts": facts, "sha256": hashes}, indent=1))
+        _sync_and_hash(state)
+        if final.exists():
+            shutil.rmtree(final)
+        partial.rename(final)
+        _sync_folder(folder)
+    except (OSError, SafetensorError) as error:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise StorageError(
+            f"{final}: the checkpoint cannot be written ({error})", "free some space and resume from the last one"
+        ) from None
+
+
+def load_checkpoint(folder: Path, number: int | None = None) -> Checkpoint:
+    """Read the newest checkpoint below ``folder``, or that of round ``number``.
+
+    Raises:
+        CheckpointError: There is none, or it is damaged; the message names the file and the others there are.
+    """
+    found = list_checkpoints(folder)
+    if number is None and found:
+        number = found[-1]
+    if number is None or number not in found:
+        have = ", ".join(map(str, found)) or "none"
+        raise CheckpointError(f"{folder}: no checkpoint of round {number}", f"checkpoints of rounds: {have}")
+    path = folder / f"round-{number:06d}"
+    others = ", ".join(str(n) for n in found if n != number) or "none"
+    hint = f"resume from an earlier one with --round; other checkpoints of rounds: {others}"
+    try:
+        state = json.loads((path / "state.json").read_text())
+        if state["format"] != FORMAT:
+            raise CheckpointError(f"{path}: format {state['format']}, this potluck reads {FORMAT}")
+        parts = {}
+        for part, digest in state["sha256"].items():
+            file = path / f"{part}.safetensors"
+            if _hash(file) != digest:
+                raise CheckpointError(f"{file}: damaged: its content does not match its hash", hint)
+            parts[part] = load_file(file)
+        return Checkpoint(number, dict(state["facts"]), parts)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, SafetensorError) as error:
+        raise CheckpointError(f"{path}: damaged ({error})", hint) from None
+
+
+def list_checkpoints(folder: Path) -> list[int]:
+    """Rounds of the whole checkpoints below ``folder``, ascending."""
+    return sorted(int(path.name.removeprefix("round-")) for path in folder.glob("round-[0-9]*"))
+
+
+def prune_checkpoints(folder: Path, keep_last: int, best: int | None) -> None:
+    """Remove all checkpoints but the newest ``keep_last`` and that of round ``best``."""
+    for number in list_checkpoints(folder)[:-keep_last]:
+        if number != best:
+            shutil.rmtree(folder / f"round-{number:06d}", ignore_errors=True)
+
+
+def _hash(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _sync_and_hash(path: Path) -> str:
+    with path.open("rb") as file:
+        os.fsync(file.fileno())
+    return _hash(path)
+
+
+def _sync_folder(folder: Path) -> None:
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

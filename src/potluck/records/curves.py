@@ -1,0 +1,360 @@
+"""The events of a run folder or of a comparison folder as plain data."""
+
+from __future__ import annotations
+
+import tomllib
+from collections.abc import Iterable, Mapping
+from dataclasses import MISSING, dataclass, field, fields
+from pathlib import Path
+from typing import Any, TypedDict, TypeVar
+
+from potluck.errors import CheckpointError, RunFolderError
+from potluck.records.events import SCHEMA, Event, read_events
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, kw_only=True)
+class HeldOut:
+    """How well held-out text is predicted: ``bits_per_byte = nats / (bytes ln 2)``; ``None`` is not finite."""
+
+    nats: float | None
+    tokens: int
+    bytes: int
+    bits_per_byte: float | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class ParticipantRecord:
+    """What a participant holds."""
+
+    name: str
+    train_tokens: int
+    train_bytes: int
+    train_documents: int
+    validation_tokens: int
+    validation_bytes: int
+    validation_documents: int
+    content_hash: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class ContributionRecord:
+    """One participant's answer in one round; ``loss`` is in nats per token."""
+
+    round: int
+    participant: str
+    status: str
+    reason: str = ""
+    weight: float = 0.0
+    loss: float | None = None
+    steps: int = 0
+    skipped_steps: int = 0
+    tokens: int = 0
+    examples: int = 0
+    epoch: float = 0
+    update_norm: float | None = None
+    down_bytes: int = 0
+    up_bytes: int = 0
+    seconds: float = 0.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class RoundRecord:
+    """One outer step; bytes and seconds are this round's, tokens are those of the run so far."""
+
+    round: int
+    revision: int
+    asked: int
+    contributors: int
+    delta_norm: float | None
+    total_tokens: int
+    down_bytes: int
+    up_bytes: int
+    seconds: float = 0.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluationRecord:
+    """Held-out text after a round; round 0 is before training.
+
+    ``tokens`` is what the run had trained on. ``missing`` says why a participant did not answer; ``union`` is
+    ``None`` then.
+    """
+
+    round: int
+    tokens: int
+    participants: Mapping[str, HeldOut]
+    union: HeldOut | None
+    missing: Mapping[str, str] = field(default_factory=dict)
+    seconds: float = 0.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunRecord:
+    """All that a run folder tells.
+
+    Attributes:
+        name: The recipe's name.
+        planned_rounds: Rounds of the recipe; ``rounds`` holds those that were done.
+        resumed: How often the run was continued.
+        seconds: Wall time of the finished run.
+    """
+
+    name: str
+    time: str
+    potluck: str
+    recipe_hash: str
+    variant: str
+    trainers: tuple[str, ...]
+    participants: tuple[ParticipantRecord, ...]
+    parameters: int
+    planned_rounds: int
+    local_steps: int | None
+    tokens_per_step: int | None
+    environment: Mapping[str, Any]
+    contributions: tuple[ContributionRecord, ...]
+    rounds: tuple[RoundRecord, ...]
+    evaluations: tuple[EvaluationRecord, ...]
+    resumed: int
+    finished: bool
+    state_hash: str
+    seconds: float
+
+    @property
+    def total_tokens(self) -> int:
+        """Tokens all participants have trained on."""
+        return self.rounds[-1].total_tokens if self.rounds else 0
+
+    @property
+    def union_curve(self) -> list[float]:
+        """Bits per byte of the union at every evaluation that was complete and finite."""
+        values = [item.union.bits_per_byte for item in self.evaluations if item.union]
+        return [value for value in values if value is not None]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Comparison:
+    """The runs of one recipe: together, each participant alone, and on all text pooled."""
+
+    together: RunRecord
+    alone: Mapping[str, RunRecord]
+    pooled: RunRecord | None
+
+
+class SummaryRow(TypedDict):
+    """Bits per byte of every model on one held-out text; ``None`` where there is no such model or evaluation."""
+
+    text: str
+    alone: float | None
+    together: float | None
+    pooled: float | None
+    best_alone: float | None
+    best_alone_by: str | None
+
+
+class Summary(TypedDict):
+    """What a comparison shows, as plain data for ``comparison.json``.
+
+    ``better_together`` of ``compared`` participants have a lower value together than alone on their own
+    text. ``gain`` is best alone minus together on the union, ``behind_pooled`` together minus pooled, both in
+    bits per byte.
+    """
+
+    finished: bool
+    rows: list[SummaryRow]
+    union: SummaryRow
+    compared: int
+    better_together: int
+    together_below_best_alone: bool
+    gain: float | None
+    behind_pooled: float | None
+    tokens: dict[str, Any]
+
+
+def is_comparison(folder: Path) -> bool:
+    """Whether a folder is that of ``potluck compare``."""
+    return not (folder / "events.jsonl").exists() and (
+        (folder / "comparison.json").exists() or (folder / "together" / "events.jsonl").exists()
+    )
+
+
+def read_run(folder: Path) -> RunRecord:
+    """Read a run folder's events, also of a run that goes on or was killed.
+
+    Raises:
+        RunFolderError: The folder is not that of a run, or of a later version of potluck.
+        CheckpointError: The event log is damaged.
+    """
+    path = folder / "events.jsonl"
+    if not path.is_file():
+        raise RunFolderError(f"{folder}: not a run folder: it has no events.jsonl", "name a folder of `potluck train`")
+    kinds: dict[str, list[Event]] = {}
+    for event in read_events(path):
+        kinds.setdefault(str(event["event"]), []).append(event)
+    if "run_started" not in kinds:
+        raise RunFolderError(f"{folder}: the run has not started yet", "wait for its first round")
+    started = kinds["run_started"][-1]
+    if started.get("schema") != SCHEMA:
+        raise RunFolderError(
+            f"{folder}: its events have schema {started.get('schema')}, this potluck reads {SCHEMA}",
+            "use the version of potluck that made the run",
+        )
+    try:
+        return _run_record(_recipe_name(folder), started, kinds)
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise CheckpointError(f"{path}: an event is incomplete ({error})") from None
+
+
+def read_comparison(folder: Path) -> Comparison:
+    """Read a comparison folder; participants whose run alone has not started are left out.
+
+    Raises:
+        RunFolderError: The folder is not that of a comparison, or its run together has not started.
+        CheckpointError: An event log is damaged.
+    """
+    if not is_comparison(folder):
+        raise RunFolderError(f"{folder}: not a comparison folder", "name a folder of `potluck compare`")
+    alone = sorted(path.parent for path in folder.glob("alone/*/events.jsonl"))
+    pooled = folder / "pooled"
+    return Comparison(
+        together=read_run(folder / "together"),
+        alone={path.name: read_run(path) for path in alone if _has_started(path)},
+        pooled=read_run(pooled) if _has_started(pooled) else None,
+    )
+
+
+def summary_table(comparison: Comparison) -> Summary:
+    """Bits per byte of every run's last evaluation, on each participant's held-out text and on the union."""
+    together, pooled = comparison.together, comparison.pooled
+    names = [participant.name for participant in together.participants]
+    rows = [_summary_row(comparison, name) for name in names]
+    union = _summary_row(comparison, None)
+    pairs = [(row["alone"], row["together"]) for row in rows]
+    known = [(alone, shared) for alone, shared in pairs if alone is not None and shared is not None]
+    gain = _difference(union["best_alone"], union["together"])
+    runs = [together, *comparison.alone.values(), *([pooled] if pooled else [])]
+    return Summary(
+        finished=all(run.finished for run in runs),
+        rows=rows,
+        union=union,
+        compared=len(known),
+        better_together=sum(shared < alone for alone, shared in known),
+        together_below_best_alone=gain is not None and gain > 0,
+        gain=gain,
+        behind_pooled=_difference(union["together"], union["pooled"]),
+        tokens={
+            "together": together.total_tokens,
+            "alone": {name: run.total_tokens for name, run in comparison.alone.items()},
+            "pooled": pooled.total_tokens if pooled else None,
+        },
+    )
+
+
+def comparison_headline(summary: Summary) -> str:
+    """The comparison in two or three sentences."""
+    union, sentences = summary["union"], []
+    if summary["compared"]:
+        sentences.append(
+            f"Trained together, {summary['better_together']} of {summary['compared']} participants have a better "
+            "model of their own held-out text than the one they train alone."
+        )
+    if union["together"] is not None and union["best_alone"] is not None:
+        side = "below" if summary["together_below_best_alone"] else "not below"
+        sentences.append(
+            f"On everyone's held-out text it reaches {union['together']:.3f} bits per byte, {side} the "
+            f"{union['best_alone']:.3f} of the best model trained alone ({union['best_alone_by']})."
+        )
+    if union["pooled"] is not None and summary["behind_pooled"] is not None:
+        where = "behind" if summary["behind_pooled"] >= 0 else "ahead of"
+        sentences.append(
+            f"That is {abs(summary['behind_pooled']):.3f} {where} the {union['pooled']:.3f} of one model "
+            "trained on all text pooled."
+        )
+    if not summary["finished"]:
+        sentences.append("Not every run is finished.")
+    return " ".join(sentences)
+
+
+def mean_loss(contributions: Iterable[ContributionRecord]) -> float | None:
+    """Training loss in nats per token, the mean over tokens; ``None`` if nobody has one."""
+    known = [(item.loss, item.tokens) for item in contributions if item.loss is not None and item.status == "ok"]
+    tokens = sum(count for _, count in known)
+    return sum(loss * count for loss, count in known) / tokens if tokens else None
+
+
+def _summary_row(comparison: Comparison, name: str | None) -> SummaryRow:
+    values = {owner: _last_value(run, name) for owner, run in comparison.alone.items()}
+    ranked = sorted((value, owner) for owner, value in values.items() if value is not None)
+    best, best_by = ranked[0] if ranked else (None, None)
+    return SummaryRow(
+        text="union" if name is None else name,
+        alone=None if name is None else values.get(name),
+        together=_last_value(comparison.together, name),
+        pooled=_last_value(comparison.pooled, name) if comparison.pooled else None,
+        best_alone=best,
+        best_alone_by=best_by,
+    )
+
+
+def _last_value(run: RunRecord, name: str | None) -> float | None:
+    if not run.evaluations:
+        return None
+    last = run.evaluations[-1]
+    held_out = last.union if name is None else last.participants.get(name)
+    return held_out.bits_per_byte if held_out else None
+
+
+def _difference(left: float | None, right: float | None) -> float | None:
+    return None if left is None or right is None else left - right
+
+
+def _run_record(name: str, started: Event, kinds: Mapping[str, list[Event]]) -> RunRecord:
+    rounds = tuple(_record(RoundRecord, event) for event in kinds.get("round", ()))
+    tokens = {record.round: record.total_tokens for record in rounds}
+    ends = kinds.get("run_finished", ())
+    given = dict(started)
+    given |= {
+        "name": name,
+        "trainers": tuple(started["trainers"]),
+        "participants": tuple(_record(ParticipantRecord, item) for item in started["participants"]),
+        "planned_rounds": started["rounds"],
+        "contributions": tuple(_record(ContributionRecord, event) for event in kinds.get("contribution", ())),
+        "rounds": rounds,
+        "evaluations": tuple(_evaluation(event, tokens) for event in kinds.get("evaluation", ())),
+        "resumed": len(kinds.get("run_resumed", ())),
+        "finished": bool(ends),
+        "state_hash": ends[-1]["state_hash"] if ends else "",
+        "seconds": ends[-1]["seconds"] if ends else 0.0,
+    }
+    return _record(RunRecord, given)
+
+
+def _evaluation(event: Event, tokens: Mapping[int, int]) -> EvaluationRecord:
+    participants = {name: _record(HeldOut, item) for name, item in event["participants"].items()}
+    union = None if event["union"] is None else _record(HeldOut, event["union"])
+    so_far = max((count for number, count in tokens.items() if number <= event["round"]), default=0)
+    return _record(EvaluationRecord, {**event, "tokens": so_far, "participants": participants, "union": union})
+
+
+def _record(kind: type[T], event: Mapping[str, Any]) -> T:
+    """The dataclass ``kind`` from the keys it knows."""
+    names = fields(kind)  # type: ignore[arg-type]
+    required = [item.name for item in names if item.default is MISSING and item.default_factory is MISSING]
+    missing = [name for name in required if name not in event]
+    if missing:
+        raise ValueError(f"{event.get('event', kind.__name__)} has no {missing[0]}")
+    return kind(**{item.name: event[item.name] for item in names if item.name in event})
+
+
+def _has_started(folder: Path) -> bool:
+    path = folder / "events.jsonl"
+    return path.is_file() and any(event["event"] == "run_started" for event in read_events(path))
+
+
+def _recipe_name(folder: Path) -> str:
+    try:
+        name = tomllib.loads((folder / "recipe.toml").read_text(encoding="utf-8")).get("name")
+    except (OSError, ValueError):
+        name = None
+    return str(name) if name else folder.absolute().name

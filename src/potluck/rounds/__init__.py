@@ -1,0 +1,1 @@
+"""The loop: the coordinator's side of a run."""

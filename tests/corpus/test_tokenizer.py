@@ -1,0 +1,112 @@
+"""Vocabularies encode every text, give it back, and never read a special token out of it."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from potluck.corpus.holdings import kept_documents
+from potluck.corpus.tokenizer import Vocabulary, build_vocabulary, load_vocabulary, save_vocabulary
+from potluck.errors import CorpusError, ModelError
+from potluck.recipe import Recipe, parse_recipe
+
+BYTES = build_vocabulary(parse_recipe({"participants": [{"name": "a", "source": {"path": "/"}}]}))
+
+
+def recipe(folder: Path, tokenizer: dict[str, object], text: Path | None = None) -> Recipe:
+    source = {"path": str(text or folder / "text")}
+    shards = {"shards": str(folder / "shards"), "validation_fraction": 0.3}
+    return parse_recipe({"data": shards, "tokenizer": tokenizer, "participants": [{"name": "a", "source": source}]})
+
+
+def encode(vocabulary: Vocabulary, text: str) -> list[int]:
+    ids: list[int] = vocabulary.tokenizer.encode(text, add_special_tokens=False).ids
+    return ids
+
+
+@given(st.text())
+def test_bytes_are_their_own_tokens(text: str) -> None:
+    assert encode(BYTES, text) == list(text.encode())
+    assert BYTES.tokenizer.decode(encode(BYTES, text), skip_special_tokens=False) == text
+
+
+def test_the_text_cannot_end_its_document() -> None:
+    assert (BYTES.size, BYTES.end_of_text) == (257, 256)
+    assert encode(BYTES, "<|endoftext|>") == list(b"<|endoftext|>")
+
+
+@pytest.fixture
+def trained(tmp_path: Path) -> Recipe:
+    (tmp_path / "text").mkdir()
+    for i in range(60):
+        (tmp_path / "text" / f"{i}.txt").write_text(f"the quick brown fox {i} jumps over the lazy dog\n" * (i % 5 + 1))
+    return recipe(tmp_path, {"kind": "bpe", "vocab_size": 300})
+
+
+def test_bpe_is_deterministic_lossless_and_trained_once(trained: Recipe, tmp_path: Path) -> None:
+    told: list[str] = []
+    first = build_vocabulary(trained, progress=told.append)
+    again = build_vocabulary(trained, progress=told.append)
+    elsewhere = build_vocabulary(recipe(tmp_path, {"kind": "bpe", "vocab_size": 300}, tmp_path / "text"))
+    other_shards = trained.model_copy(update={"data": trained.data.model_copy(update={"shards": str(tmp_path / "s")})})
+    assert len({v.content_hash for v in (first, again, elsewhere, build_vocabulary(other_shards))}) == 1
+    assert len(told) == 1 and first.size == 300
+    text = "the quick <|endoftext|> 漢字\x00"
+    assert first.end_of_text not in encode(first, text)
+    assert first.end_of_text not in encode(again, text)
+    assert again.tokenizer.decode(encode(again, text)) == text
+
+
+def test_bpe_learns_from_training_documents_only(tmp_path: Path) -> None:
+    (tmp_path / "text").mkdir()
+    words = [f"zy{a}{b}q" for a in "abcdefghij" for b in "klmnoprstu"]
+    for word in words:
+        (tmp_path / "text" / word).write_text(f" {word}" * 50)
+    settings = recipe(tmp_path, {"kind": "bpe", "vocab_size": 5000})
+    vocabulary = build_vocabulary(settings)
+    learnt = {word for word in words if len(encode(vocabulary, f" {word}")) == 1}
+    training = {k.document.name for k in kept_documents(settings) if k.side == "train"}
+    assert learnt == training and 50 < len(training) < 90
+
+
+def test_an_error_of_the_source_ends_the_training(tmp_path: Path) -> None:
+    (tmp_path / "text").mkdir()
+    with pytest.raises(CorpusError, match="holds no text"):
+        build_vocabulary(recipe(tmp_path, {"kind": "bpe"}))
+
+
+def test_save_and_load(trained: Recipe, tmp_path: Path) -> None:
+    vocabulary = build_vocabulary(trained)
+    save_vocabulary(vocabulary, tmp_path / "v")
+    loaded = load_vocabulary(tmp_path / "v")
+    assert (loaded.size, loaded.end_of_text, loaded.content_hash) == (300, vocabulary.end_of_text, vocabulary.content_hash)
+    text = (tmp_path / "v" / "tokenizer.json").read_text()
+    (tmp_path / "v" / "tokenizer.json").write_text(text[:-100])
+    with pytest.raises(ModelError, match="damaged"):
+        load_vocabulary(tmp_path / "v")
+    with pytest.raises(ModelError, match="no usable vocabulary"):
+        load_vocabulary(tmp_path / "nowhere")
+
+
+def test_an_existing_folder(trained: Recipe, tmp_path: Path) -> None:
+    vocabulary = build_vocabulary(trained)
+    folder = tmp_path / "hf"
+    existing = recipe(tmp_path, {"kind": "folder", "path": str(folder)})
+    with pytest.raises(ModelError, match="no such folder"):
+        build_vocabulary(existing)
+    folder.mkdir()
+    vocabulary.tokenizer.enable_truncation(4)
+    (folder / "tokenizer.json").write_text(vocabulary.tokenizer.to_str())
+    vocabulary.tokenizer.no_truncation()
+    with pytest.raises(ModelError, match="end-of-text"):
+        build_vocabulary(existing)
+    for eos in ("<|endoftext|>", {"content": "<|endoftext|>"}):
+        (folder / "tokenizer_config.json").write_text(json.dumps({"eos_token": eos}))
+        assert build_vocabulary(existing).content_hash == vocabulary.content_hash
+    (folder / "tokenizer.json").write_text("{}")
+    with pytest.raises(ModelError, match="cannot be used"):
+        build_vocabulary(existing)
