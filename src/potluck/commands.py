@@ -39,7 +39,7 @@ from potluck.records.folder import POOLED, Variant, create_run, locked, open_run
 from potluck.records.live import view
 from potluck.records.report import write_report
 from potluck.rounds.evaluation import held_out
-from potluck.run import Run, Workplace, check_identity, finished, history, newest_checkpoint, prepare
+from potluck.run import Run, Workplace, check_identity, environment, finished, history, newest_checkpoint, prepare
 from potluck.stopping import Stopping
 
 Result = dict[str, Any]
@@ -176,7 +176,12 @@ def _run(
         return
     save_vocabulary(workplace.corpus.vocabulary, planned.folder / "tokenizer")
     checkpoint = newest_checkpoint(planned.folder, number)
-    with view(console, planned.recipe.name, prefix, history(planned.folder, checkpoint)) as listener:
+    past = history(planned.folder, checkpoint)
+    if past and past[0]["environment"] != environment(workplace.network):
+        console.print(
+            "[yellow]warning:[/] versions, device or threads changed: the last bits may differ", highlight=False
+        )
+    with view(console, planned.recipe.name, prefix, past) as listener:
         run = Run(workplace, planned.variant, planned.folder, planned.recipe, (listener,), checkpoint)
         try:
             run.finish(stopping)

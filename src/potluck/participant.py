@@ -66,7 +66,10 @@ class Participant:
         """
         if task.kind not in _TASKS:
             raise TrainingError(f"{self.name} does not know how to {task.kind!r}", f"known: {', '.join(_TASKS)}")
-        self.network.flat.vector.copy_(task.tensors["parameters"])
+        shared = task.tensors["parameters"]
+        if shared.shape != self.network.flat.vector.shape:
+            raise TrainingError(f"{self.name}: a shared state of shape {tuple(shared.shape)} does not fit the model")
+        self.network.flat.vector.copy_(shared)
         return _TASKS[task.kind](self, task)
 
 

@@ -36,6 +36,7 @@ from potluck.records.checkpoint import (
 )
 from potluck.records.events import SCHEMA, Event, EventLog, Listener, read_events
 from potluck.records.folder import Variant
+from potluck.rounds.evaluation import evaluate_shared
 from potluck.rounds.state import SharedState
 from potluck.rounds.sync import run_rounds
 from potluck.updates.codec import wire_bytes
@@ -95,6 +96,8 @@ class Run:
         theta = workplace.initial.clone()
         self.shared = SharedState(theta, init_outer(recipe.outer, theta))
         self.best: tuple[float, int] | None = None
+        self.continued = checkpoint is not None
+        self._began, self._earlier_seconds = time.monotonic(), 0.0
         if checkpoint is not None:
             self._restore(checkpoint)
         position = checkpoint.facts["events_position"] if checkpoint else 0
@@ -103,31 +106,29 @@ class Run:
 
     def finish(self, stop_requested: Callable[[], bool]) -> None:
         """Run the rounds that are left; the errors are those of ``run_rounds``, and `StorageError`."""
-        began = time.monotonic()
-        if list_checkpoints(self._checkpoints):
-            self.log.write("run_resumed", round=self.shared.revision)
-        else:
-            self.log.write("run_started", **self._description())
+        engine = self._engine()
         try:
-            run_rounds(
-                self.recipe,
-                self.variant.trainers,
-                self._engine(),
-                WeightedMean(self.shared.theta.numel()),
-                self.shared,
-                self.log,
-                self._save,
-                stop_requested,
-            )
+            if self.continued:
+                self.log.write("run_resumed", round=self.shared.revision)
+            else:
+                self.log.write("run_started", **self._description())
+                self._save(evaluate_shared(engine, self.shared, self.log))
+            mean = WeightedMean(self.shared.theta.numel())
+            trainers = self.variant.trainers
+            run_rounds(self.recipe, trainers, engine, mean, self.shared, self.log, self._save, stop_requested)
             self.log.write(
                 "run_finished",
                 rounds=self.shared.revision,
                 total_tokens=self.shared.total_tokens,
                 state_hash=state_hash(self.shared.theta),
-                seconds=time.monotonic() - began,
+                seconds=self._seconds(),
             )
         finally:
             self.log.close()
+
+    def _seconds(self) -> float:
+        """Wall time of this run, that of its earlier sessions up to their last checkpoint included."""
+        return self._earlier_seconds + time.monotonic() - self._began
 
     def _engine(self) -> InProcess:
         profiles = {p.name: p.profile for p in self.recipe.participants if p.profile is not None}
@@ -153,6 +154,7 @@ class Run:
             "total_tokens": self.shared.total_tokens,
             "events_position": self.log.sync(),
             "best": self.best,
+            "seconds": self._seconds(),
             "participants": {name: _counters(p.state) for name, p in self._trainers()},
         }
         parts: Parts = {"shared": {"theta": self.shared.theta}, "outer": self.shared.outer}
@@ -175,6 +177,7 @@ class Run:
             vector.copy_(parts["outer"][name])
         self.shared.revision, self.shared.total_tokens = checkpoint.round, facts["total_tokens"]
         self.best = tuple(facts["best"]) if facts["best"] else None
+        self._earlier_seconds = facts["seconds"]
         for name, participant in self._trainers():
             participant.state.moments.copy_(parts[f"participant-{name}"]["moments"])
             for counter, value in facts["participants"][name].items():

@@ -45,7 +45,7 @@ def write_run(
 
     def evaluate(number: int) -> None:
         bits = [value if number == ROUNDS else 8 - (8 - value) * number / ROUNDS for value in (*last, union)]
-        log.write("evaluation", round=number, union=held_out(bits[-1], 3000), seconds=0.5,
+        log.write("evaluation", round=number, union=held_out(bits[-1], 3000), seconds=0.5, transfers={},
                   participants=dict(zip(NAMES, map(held_out, bits), strict=False)))  # fmt: skip
 
     evaluate(0)
@@ -65,8 +65,7 @@ def write_run(
                       epoch=0.34 * number, update_norm=1.5, down_bytes=4_000_000, up_bytes=4_000_000,
                       seconds=2.0)  # fmt: skip
         log.write("round", round=number, revision=number, asked=len(trainers), contributors=len(trainers) - failed,
-                  delta_norm=1.1, total_tokens=tokens, down_bytes=4_000_000 * len(trainers),
-                  up_bytes=4_000_000 * (len(trainers) - failed), seconds=2.0 * len(trainers) + 0.1)  # fmt: skip
+                  delta_norm=1.1, total_tokens=tokens, seconds=2.0 * len(trainers) + 0.1)  # fmt: skip
         if not finish and number == ROUNDS - 1:
             log.write("run_interrupted", round=number)
             log.close()

@@ -37,11 +37,11 @@ def test_plain_lines(tmp_path: Path, make_run: Callable[..., None]) -> None:
     assert [line[15:] for line in lines] == [
         "together  3 participants  1.07M parameters  4 rounds of 20 local steps  cpu fp32",
         "before training  held-out 8.00 bits/byte",
-        "round 1/4  3/3 ok  loss 4.90  held-out 6.65 bits/byte  10.1k tokens/s  up 12 MB down 12 MB  left 20s",
+        "round 1/4  3/3 ok  loss 4.90  held-out 6.65 bits/byte  10.1k tokens/s  sent up 12 MB down 12 MB  left 20s",
         "round 2/4  sympy failed: <script src=//evil.example/x.js></script> & [red]boom[/red] [31m second line",
-        "round 2/4  2/3 ok  loss 3.95  held-out 5.30 bits/byte  6.71k tokens/s  up 8 MB down 12 MB  left 13s",
-        "round 3/4  3/3 ok  loss 2.90  held-out 3.95 bits/byte  10.1k tokens/s  up 12 MB down 12 MB  left 6.6s",
-        "round 4/4  3/3 ok  loss 1.90  held-out 2.60 bits/byte  10.1k tokens/s  up 12 MB down 12 MB",
+        "round 2/4  2/3 ok  loss 3.95  held-out 5.30 bits/byte  6.71k tokens/s  sent up 20 MB down 24 MB  left 13s",
+        "round 3/4  3/3 ok  loss 2.90  held-out 3.95 bits/byte  10.1k tokens/s  sent up 32 MB down 36 MB  left 6.6s",
+        "round 4/4  3/3 ok  loss 1.90  held-out 2.60 bits/byte  10.1k tokens/s  sent up 44 MB down 48 MB",
         "finished  4 rounds  225k tokens  40s  held-out 2.60 bits/byte",
     ]
 
@@ -51,7 +51,7 @@ def test_plain_lines_of_an_interrupted_and_resumed_run(tmp_path: Path, make_run:
     with view(Console(file=first)) as shown:
         make_run(tmp_path / "run", finish=False, listeners=(shown,))
     assert [line[10:] for line in first.getvalue().splitlines()][-2:] == [
-        "round 3/4  3/3 ok  loss 2.90  10.1k tokens/s  up 12 MB down 12 MB  left 6.4s",
+        "round 3/4  3/3 ok  loss 2.90  10.1k tokens/s  sent up 32 MB down 36 MB  left 6.4s",
         "interrupted after round 3/4",
     ]
     second = io.StringIO()

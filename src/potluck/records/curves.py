@@ -6,7 +6,7 @@ import tomllib
 from collections.abc import Iterable, Mapping
 from dataclasses import MISSING, dataclass, field, fields
 from pathlib import Path
-from typing import Any, TypedDict, TypeVar
+from typing import Any, Literal, TypedDict, TypeVar
 
 from potluck.errors import CheckpointError, RunFolderError
 from potluck.records.events import SCHEMA, Event, read_events
@@ -61,7 +61,7 @@ class ContributionRecord:
 
 @dataclass(frozen=True, kw_only=True)
 class RoundRecord:
-    """One outer step; bytes and seconds are this round's, tokens are those of the run so far."""
+    """One outer step; seconds are this round's, tokens are those of the run so far."""
 
     round: int
     revision: int
@@ -69,8 +69,6 @@ class RoundRecord:
     contributors: int
     delta_norm: float | None
     total_tokens: int
-    down_bytes: int
-    up_bytes: int
     seconds: float = 0.0
 
 
@@ -87,6 +85,7 @@ class EvaluationRecord:
     participants: Mapping[str, HeldOut]
     union: HeldOut | None
     missing: Mapping[str, str] = field(default_factory=dict)
+    transfers: Mapping[str, Mapping[str, int]] = field(default_factory=dict)
     seconds: float = 0.0
 
 
@@ -125,6 +124,12 @@ class RunRecord:
     def total_tokens(self) -> int:
         """Tokens all participants have trained on."""
         return self.rounds[-1].total_tokens if self.rounds else 0
+
+    def transferred(self, direction: Literal["up_bytes", "down_bytes"], name: str | None = None) -> int:
+        """Bytes to (``down``) or from one participant, or all of them, for training and evaluation."""
+        trained = sum(int(getattr(c, direction)) for c in self.contributions if name in (None, c.participant))
+        evaluated = sum(t[direction] for e in self.evaluations for who, t in e.transfers.items() if name in (None, who))
+        return trained + evaluated
 
     @property
     def union_curve(self) -> list[float]:

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from datetime import datetime
 from types import TracebackType
+from typing import Any
 
 from rich import box
 from rich.console import Console, Group, RenderableType
@@ -100,11 +101,16 @@ class _Standing:
         row.loss = event.get("loss")
         if row.status == "ok" and row.loss is not None:
             self.round_losses.append((row.loss, event["tokens"]))
+        self._transfer(row, event)
+
+    def _transfer(self, row: _Row, transfer: Mapping[str, Any]) -> None:
         for total in (row, self):
-            total.down_bytes += event["down_bytes"]
-            total.up_bytes += event["up_bytes"]
+            total.down_bytes += transfer["down_bytes"]
+            total.up_bytes += transfer["up_bytes"]
 
     def _evaluation(self, event: Event) -> None:
+        for name, transfer in event["transfers"].items():
+            self._transfer(self.rows.get(name, _Row()), transfer)
         for name in self.rows.keys() & event["participants"].keys():
             row, value = self.rows[name], event["participants"][name]["bits_per_byte"]
             row.held_out, row.change = value, _difference(value, row.held_out)
@@ -274,7 +280,7 @@ def _round_line(standing: _Standing, event: Event) -> str:
         parts.append(f"held-out {_bits(standing.union)} bits/byte")
     parts += [
         f"{count_text(standing.rate)} tokens/s",
-        f"up {bytes_text(event['up_bytes'])} down {bytes_text(event['down_bytes'])}",
+        f"sent up {bytes_text(standing.up_bytes)} down {bytes_text(standing.down_bytes)}",
     ]
     if standing.seconds_left:
         parts.append(f"left {duration_text(standing.seconds_left)}")

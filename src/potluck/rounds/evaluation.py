@@ -23,7 +23,9 @@ def evaluate_shared(engine: Engine, shared: SharedState, log: EventLog) -> float
     sent = {engine.send(name, task): name for name, info in engine.roster().items() if info.evaluates}
     results: dict[str, dict[str, Any]] = {}
     missing: dict[str, str] = {}
+    transfers: dict[str, dict[str, int]] = {}
     for reply in in_order(engine, sent):
+        transfers[reply.participant] = {"down_bytes": reply.down_bytes, "up_bytes": reply.up_bytes}
         header = reply.contribution.header if reply.contribution else {}
         if not header:
             missing[reply.participant] = reply.reason
@@ -39,6 +41,7 @@ def evaluate_shared(engine: Engine, shared: SharedState, log: EventLog) -> float
         participants=results,
         union=union if complete else None,
         missing=missing,
+        transfers=transfers,
         seconds=engine.now() - began,
     )
     return float(union["bits_per_byte"]) if complete else None

@@ -52,8 +52,6 @@ def run_rounds(
         Interrupted: A stop was requested; the last completed round is saved.
     """
     settings = recipe.rounds
-    if shared.revision == 0:
-        checkpoint(evaluate_shared(engine, shared, log))
     asked = asked_by_round(trainers, recipe.asked_per_round, settings.sampling, recipe.seed)
     for names in islice(asked, shared.revision, settings.count):
         one_round(recipe, names, engine, aggregator, shared, log)
@@ -83,10 +81,9 @@ def one_round(
     )
     sent = {engine.send(name, task): name for name in names}
     aggregator.init()
-    contributors = tokens = down_bytes = up_bytes = 0
+    contributors = tokens = 0
     for reply in in_order(engine, sent):
         verdict = examine(reply, shared)
-        down_bytes, up_bytes = down_bytes + reply.down_bytes, up_bytes + reply.up_bytes
         facts: dict[str, object] = {"reason": verdict.reason}
         if verdict.contribution is not None:
             header = verdict.contribution.header
@@ -122,8 +119,6 @@ def one_round(
         contributors=contributors,
         delta_norm=delta_norm,
         total_tokens=shared.total_tokens,
-        down_bytes=down_bytes,
-        up_bytes=up_bytes,
         seconds=engine.now() - began,
     )
 
