@@ -149,7 +149,7 @@ def main() -> None:
     except PotluckError as error:
         sys.exit(_failed(str(error), error.hint, error.exit_code))
     except KeyboardInterrupt:
-        sys.exit(_failed("interrupted", "", 130))
+        sys.exit(_failed("nothing was being trained yet", "", 130))
     except BrokenPipeError:  # the reader of our output went away
         sys.stderr.close()
         sys.exit(141)
@@ -162,7 +162,8 @@ def _failed(message: str, hint: str, code: int) -> int:
     if "--json" in sys.argv:
         _print_json({"error": message, "hint": hint, "exit_code": code})
     console = Console(stderr=True, highlight=False, soft_wrap=True)
-    console.print(f"[bold red]error:[/] {escape(message)}")
+    label = "[yellow]stopped:[/]" if code == 130 else "[bold red]error:[/]"
+    console.print(f"{label} {escape(message)}")
     if hint:
         console.print(f"[dim]{escape(hint)}[/]")
     return code

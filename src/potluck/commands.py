@@ -16,11 +16,9 @@ from transformers import PreTrainedModel
 from potluck.comparison import Planned, planned_runs
 from potluck.corpus.tokenizer import (
     Vocabulary,
+    folder_vocabulary,
     load_vocabulary,
     save_vocabulary,
-)
-from potluck.corpus.tokenizer import (
-    _folder_vocabulary as folder_vocabulary,
 )
 from potluck.errors import CheckpointError, Interrupted, MissingExtra, RecipeError, RunFolderError, StorageError
 from potluck.files import write_text
@@ -188,7 +186,7 @@ def _run(
         except Interrupted as stop:
             raise Interrupted(str(stop), f"potluck resume {root}") from None
         except KeyboardInterrupt:
-            raise Interrupted("stopped in mid-round: back to the last checkpoint", f"potluck resume {root}") from None
+            raise Interrupted("in mid-round: back at the last checkpoint", f"potluck resume {root}") from None
 
 
 @dataclass(frozen=True)

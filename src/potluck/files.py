@@ -1,26 +1,38 @@
-"""Files that are there in full or not at all."""
+"""Writing to disk: whole or not at all, and a clear error when it fails."""
 
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from potluck.errors import StorageError
 
 
+@contextmanager
+def storing(where: Path | str) -> Iterator[None]:
+    """Turn a failure to write into a `StorageError` that names the place."""
+    try:
+        yield
+    except OSError as error:
+        hint = "free some space or choose another place"
+        raise StorageError(f"{where}: cannot be written ({error.strerror or error})", hint) from None
+
+
 def write_text(path: Path, text: str) -> None:
-    """Write a file whole, or leave what was there, even if two processes write it or one is killed.
+    """Write a file whole or leave what was there, even if two processes write it or one is killed.
 
     Raises:
         StorageError: The disk is full or cannot be written.
     """
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    try:
-        with partial.open("w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        partial.replace(path)
-    except OSError as error:
-        partial.unlink(missing_ok=True)
-        raise StorageError(f"{path}: cannot be written ({error})", "free some space or choose another place") from None
+    with storing(path):
+        try:
+            with partial.open("w", encoding="utf-8") as file:
+                file.write(text)
+                file.flush()
+                os.fsync(file.fileno())
+            partial.replace(path)
+        finally:
+            partial.unlink(missing_ok=True)

@@ -111,7 +111,7 @@ def test_the_silo_files() -> None:
 def test_a_missing_source_is_an_error(tmp_path: Path, keys: dict[str, str]) -> None:
     missing = source(**{key: str(tmp_path / value) for key, value in keys.items()})
     for reading in (text_bytes, fingerprint, lambda s: list(documents(s))):
-        with pytest.raises(CorpusError, match="there is no .*nowhere"):
+        with pytest.raises(CorpusError, match=r"there is no .*nowhere"):
             reading(missing)
 
 

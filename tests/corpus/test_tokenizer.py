@@ -83,7 +83,8 @@ def test_save_and_load(trained: Recipe, tmp_path: Path) -> None:
     vocabulary = build_vocabulary(trained)
     save_vocabulary(vocabulary, tmp_path / "v")
     loaded = load_vocabulary(tmp_path / "v")
-    assert (loaded.size, loaded.end_of_text, loaded.content_hash) == (300, vocabulary.end_of_text, vocabulary.content_hash)
+    assert (loaded.size, loaded.end_of_text) == (300, vocabulary.end_of_text)
+    assert loaded.content_hash == vocabulary.content_hash
     text = (tmp_path / "v" / "tokenizer.json").read_text()
     (tmp_path / "v" / "tokenizer.json").write_text(text[:-100])
     with pytest.raises(ModelError, match="damaged"):

@@ -60,7 +60,7 @@ def test_plain_lines_of_an_interrupted_and_resumed_run(tmp_path: Path, make_run:
         shown({"event": "contribution", "time": "2026-01-01T00:00:00+00:00", "round": 4, "participant": "pip",
                "status": "rejected", "reason": "", "down_bytes": 1, "up_bytes": 1, "seconds": 1.0})  # fmt: skip
         shown({"event": "evaluation", "time": "2026-01-01T00:00:00+00:00", "round": 4, "participants": {},
-               "union": None, "missing": {"pip": "gone"}, "seconds": 1.0})  # fmt: skip
+               "union": None, "missing": {"pip": "gone"}, "transfers": {}, "seconds": 1.0})  # fmt: skip
     assert [line[10:] for line in second.getvalue().splitlines()] == [
         "resumed from round 3", "round 4/4  pip rejected: no reason given",
         "round 4/4  held-out text without pip: gone",

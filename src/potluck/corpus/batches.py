@@ -1,13 +1,14 @@
 """Batches in a seeded order, with a cursor that makes a resume exact.
 
-The order of an epoch is a keyed permutation that is computed, not stored: a Feistel network on the
-smallest power of two that holds all sequences, walked until it lands on a sequence (Black and Rogaway, "Ciphers
-with arbitrary finite domains", CT-RSA 2002).
+The order of an epoch is a keyed permutation that is computed, not stored: a Feistel network on the cells of a nearly
+square grid that holds all sequences, repeated for the few that land on a spare cell (Black and Rogaway, "Ciphers with
+arbitrary finite domains", CT-RSA 2002).
 """
 
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import compress
@@ -74,15 +75,13 @@ class Batches:
 
 
 def permuted(positions: np.ndarray, n: int, seed: int, epoch: int) -> np.ndarray:
-    """Images of ``positions`` under a pseudo-random permutation of 0 to n - 1 keyed by (seed, epoch), int64."""
-    bits = max(2, (n - 1).bit_length())
-    keys = _keys(seed, epoch)
-    images = _feistel(positions.astype(_U64), bits, keys)
-    while True:
-        outside = np.flatnonzero(images >= n)
-        if not len(outside):
-            return images.astype(np.int64)
-        images[outside] = _feistel(images[outside], bits, keys)
+    """Images of ``positions`` (in 0 to n - 1) under a permutation of 0 to n - 1 keyed by (seed, epoch), int64."""
+    rows = math.isqrt(n - 1) + 1
+    grid = _U64(rows), _U64(-(-n // rows))
+    images = _feistel(positions.astype(_U64), grid, _keys(seed, epoch))
+    while len(outside := np.flatnonzero(images >= n)):
+        images[outside] = _feistel(images[outside], grid, _keys(seed, epoch))
+    return images.astype(np.int64)
 
 
 def documents_drawn(shard: Shard, batches: Batches, cursor: int) -> list[str]:
@@ -104,17 +103,16 @@ def documents_drawn(shard: Shard, batches: Batches, cursor: int) -> list[str]:
         return [json.loads(line)["name"] for line in compress(lines, touched)]
 
 
-def _feistel(values: np.ndarray, bits: int, keys: np.ndarray) -> np.ndarray:
-    """A bijection of [0, 2^bits): the halves take turns to be xored with a hash of the other."""
-    right_bits = _U64(bits // 2)
-    masks = _U64((1 << (bits - bits // 2)) - 1), _U64((1 << (bits // 2)) - 1)
-    halves = [values >> right_bits, values & masks[1]]
+def _feistel(values: np.ndarray, grid: tuple[np.uint64, np.uint64], keys: np.ndarray) -> np.ndarray:
+    """A bijection of a grid's cells: row and column take turns to be shifted by a hash of the other."""
+    cell = list(np.divmod(values, grid[1]))
     for number, key in enumerate(keys):
         side = number % 2
-        mixed = (halves[1 - side] + key) * _MULTIPLIER
+        mixed = (cell[1 - side] + key) * _MULTIPLIER
         mixed = (mixed ^ (mixed >> _HALF)) * _MULTIPLIER
-        halves[side] = halves[side] ^ ((mixed >> _HALF) & masks[side])
-    return (halves[0] << right_bits) | halves[1]
+        cell[side] = (cell[side] + (mixed >> _HALF)) % grid[side]
+    images: np.ndarray = cell[0] * grid[1] + cell[1]
+    return images
 
 
 @lru_cache(maxsize=64)

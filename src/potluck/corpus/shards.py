@@ -20,6 +20,7 @@ import json
 import os
 import shutil
 import tempfile
+import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,8 +29,9 @@ from typing import Any
 import numpy as np
 
 from potluck.corpus.holdings import SIDES, Kept, Side, digest_of, kept_documents, text_keys
-from potluck.corpus.tokenizer import Progress, Vocabulary, build_vocabulary, pieces, replace_file, silent, storing
+from potluck.corpus.tokenizer import Progress, Vocabulary, build_vocabulary, pieces, silent
 from potluck.errors import CorpusError, ModelError
+from potluck.files import storing, write_text
 from potluck.recipe import Recipe
 
 FORMAT = 1
@@ -168,6 +170,7 @@ def _build(recipe: Recipe, vocabulary: Vocabulary, folders: Mapping[str, Path]) 
     root = Path(recipe.data.shards)
     with storing(root):
         root.mkdir(parents=True, exist_ok=True)
+        _remove_leftovers(root)
         scratch = Path(tempfile.mkdtemp(prefix="building-", dir=root))
     try:
         writers = {(name, side): _Writer(scratch / name, side, vocabulary) for name in folders for side in SIDES}
@@ -182,6 +185,13 @@ def _build(recipe: Recipe, vocabulary: Vocabulary, folders: Mapping[str, Path]) 
             _put_in_place(scratch / name, folder, sides, vocabulary)
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
+
+
+def _remove_leftovers(root: Path) -> None:
+    """Scratch folders of processes that were killed: older than a day."""
+    for scratch in root.glob("building-*"):
+        if scratch.stat().st_mtime < time.time() - 86_400:
+            shutil.rmtree(scratch, ignore_errors=True)
 
 
 def _chunks(documents: Iterable[Kept]) -> Iterator[list[tuple[Kept, bool, str]]]:
@@ -282,7 +292,7 @@ def _put_in_place(built: Path, folder: Path, sides: Mapping[str, dict[str, Any]]
     content_hash = digest_of([*hashes, vocabulary.content_hash])
     manifest = {"format": FORMAT, "dtype": _dtype(vocabulary).str, "content_hash": content_hash, **sides}
     with storing(folder):
-        replace_file(built / "manifest.json", json.dumps(manifest, indent=1))
+        write_text(built / "manifest.json", json.dumps(manifest, indent=1))
         try:
             os.rename(built, folder)
         except OSError:

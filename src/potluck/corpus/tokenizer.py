@@ -8,9 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,7 +16,8 @@ from typing import Any
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from potluck.corpus.holdings import digest_of, kept_documents, text_keys
-from potluck.errors import ModelError, StorageError
+from potluck.errors import ModelError
+from potluck.files import storing, write_text
 from potluck.recipe import Recipe
 from potluck.recipe.schema import Bpe, Bytes
 
@@ -79,7 +78,7 @@ def build_vocabulary(recipe: Recipe, keys: Mapping[str, str] | None = None, prog
             save_vocabulary(vocabulary, folder)
             return vocabulary
         case existing:
-            return _folder_vocabulary(Path(existing.path))
+            return folder_vocabulary(Path(existing.path))
 
 
 def save_vocabulary(vocabulary: Vocabulary, folder: Path) -> None:
@@ -91,8 +90,8 @@ def save_vocabulary(vocabulary: Vocabulary, folder: Path) -> None:
     about = {"end_of_text": vocabulary.end_of_text, "content_hash": vocabulary.content_hash}
     with storing(folder):
         folder.mkdir(parents=True, exist_ok=True)
-        replace_file(folder / "tokenizer.json", vocabulary.tokenizer.to_str())
-        replace_file(folder / "vocabulary.json", json.dumps(about))
+        write_text(folder / "tokenizer.json", vocabulary.tokenizer.to_str())
+        write_text(folder / "vocabulary.json", json.dumps(about))
 
 
 def load_vocabulary(folder: Path) -> Vocabulary:
@@ -116,29 +115,6 @@ def pieces(text: str) -> Iterator[str]:
     """A long text in parts of bounded length, because a tokenizer needs about a hundred times a text's memory."""
     for start in range(0, len(text), PIECE_CHARACTERS):
         yield text[start : start + PIECE_CHARACTERS]
-
-
-@contextmanager
-def storing(where: Path) -> Iterator[None]:
-    """Turn a failure to write into a StorageError."""
-    try:
-        yield
-    except OSError as error:
-        hint = "free some space or choose another folder"
-        raise StorageError(f"{where}: cannot be written ({error.strerror or error})", hint) from None
-
-
-def replace_file(path: Path, text: str) -> None:
-    """Write a file that is there in full or not at all, even if two processes write it."""
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    try:
-        with temporary.open("w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def _vocabulary(tokenizer: Tokenizer, end_of_text: int) -> Vocabulary:
@@ -183,14 +159,20 @@ def _train_bpe(recipe: Recipe, size: int) -> Vocabulary:
     return _vocabulary(tokenizer, tokenizer.get_vocab()[END_OF_TEXT])
 
 
-def _folder_vocabulary(folder: Path) -> Vocabulary:
+def folder_vocabulary(folder: Path) -> Vocabulary:
+    """The vocabulary of a Hugging Face tokenizer folder, or of an exported model.
+
+    Raises:
+        ModelError: It is missing or broken, or has no end-of-text token.
+    """
     if not folder.is_dir():
         raise ModelError(f"tokenizer {folder}: there is no such folder")
     try:
         tokenizer, end_of_text = _read_folder(folder)
     except Exception as error:  # the libraries raise plain Exception for a broken file
+        first_line = str(error).partition("\n")[0]
         hint = "it must hold the tokenizer.json of a Hugging Face tokenizer"
-        raise ModelError(f"tokenizer {folder}: cannot be used ({error})", hint) from error
+        raise ModelError(f"tokenizer {folder}: cannot be used ({first_line})", hint) from error
     token = None if end_of_text is None else tokenizer.token_to_id(end_of_text)
     if token is None:
         hint = "name one as `eos_token` in tokenizer_config.json"

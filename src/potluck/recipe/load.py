@@ -64,7 +64,8 @@ def recipe_hash(recipe: Recipe) -> str:
 
 
 def _read(path: Path, children: tuple[Path, ...]) -> dict[str, Any]:
-    if path in children:
+    here = path.resolve()
+    if here in children:
         raise RecipeError(f"{path}: extends itself through {' -> '.join(map(str, children))}")
     try:
         raw = tomllib.loads(path.read_text(encoding="utf-8"))
@@ -80,7 +81,7 @@ def _read(path: Path, children: tuple[Path, ...]) -> dict[str, Any]:
         return raw
     if not isinstance(extended, str):
         raise RecipeError(f"{path}: extends must be the path of one recipe")
-    return _merge(_read(path.parent / extended, (*children, path)), raw)
+    return _merge(_read(path.parent / extended, (*children, here)), raw)
 
 
 def _absolute_paths(value: Any, folder: Path, key: str = "") -> Any:
@@ -116,8 +117,8 @@ def _same_kind(key: str, old: dict[str, Any], new: dict[str, Any]) -> bool:
 
 def _parse_setting(item: str, raw: dict[str, Any]) -> dict[str, Any]:
     """``a.b=value`` as a nested table; the value is TOML, or else a string."""
-    key, equals, text = item.partition("=")
-    parts = key.strip().split(".")
+    keys, equals, text = item.partition("=")
+    parts = keys.strip().split(".")
     if not equals or not all(parts):
         raise RecipeError(f"--set {item}: write section.key=value")
     try:
@@ -129,8 +130,9 @@ def _parse_setting(item: str, raw: dict[str, Any]) -> dict[str, Any]:
         if isinstance(owner, list):  # a list is replaced whole, so carry its other items along
             if not parts[depth].isdigit() or int(parts[depth]) >= len(owner):
                 raise RecipeError(f"--set {item}: {'.'.join(parts[:depth])} has items 0 to {len(owner) - 1}")
-            at = int(parts[depth])
-            value = [_merge(o, value) if i == at else o for i, o in enumerate(owner)]
+            key = parts[depth]
+            merged = _merge({key: owner[int(key)]}, {key: value})[key]
+            value = [merged if i == int(key) else o for i, o in enumerate(owner)]
         else:
             if isinstance(owner, dict) and parts[depth] in _WHOLE_TABLES and depth < len(parts) - 1:
                 value = {**owner.get(parts[depth], {}), **value}
@@ -157,6 +159,10 @@ def _explain(fault: ErrorDetails) -> str:
         return f"{where}: unknown key{_suggest(str(fault['loc'][-1]), tables[-1])}"
     if fault["type"] == "missing":
         return f"{where}: must be given"
+    if fault["type"] == "union_tag_not_found":
+        alternatives = _tables_in(tables[-1].model_fields[str(fault["loc"][-1])].annotation)
+        kinds = (table.model_fields["kind"].default for table in alternatives)
+        return f"{where}.kind: must be given, one of {', '.join(map(repr, kinds))}"
     if fault["type"] == "value_error":
         return f"{where}: {message}" if where else message
     if fault["type"] in ("union_tag_invalid", "literal_error"):

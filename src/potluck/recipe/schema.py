@@ -80,7 +80,7 @@ class ModelFolder(Table):
 
 
 def _model_kind(value: Any) -> str:
-    keys = value if isinstance(value, dict) else type(value).model_fields
+    keys = value if isinstance(value, dict) else getattr(type(value), "model_fields", ())
     return next((key for key in ("preset", "path") if key in keys), "shape")
 
 
@@ -288,7 +288,7 @@ class Records(Table):
 class Recipe(BaseModel):
     """One run."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
     version: Literal[1] = setting(1, "Version of the recipe format.")
     name: str = setting("run", "Name of the run: letters, digits, `.`, `_`, `-`.")

@@ -54,7 +54,7 @@ _SOURCE_KEYS = ("path", "package", "jsonl", "file", "dataset")
 
 
 def _source_kind(value: Any) -> str | None:
-    keys = value if isinstance(value, dict) else type(value).model_fields
+    keys = value if isinstance(value, dict) else getattr(type(value), "model_fields", ())
     present = [key for key in _SOURCE_KEYS if key in keys]
     return present[0] if len(present) == 1 else None
 

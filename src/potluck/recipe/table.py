@@ -10,7 +10,7 @@ from pydantic import BaseModel, ConfigDict, Field
 class Table(BaseModel):
     """A frozen table that refuses unknown keys."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=())
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, protected_namespaces=())
 
 
 def setting(default: Any, sentence: str, *, unit: str = "", **bounds: Any) -> Any:

@@ -13,7 +13,8 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from potluck.errors import CheckpointError, StorageError
+from potluck.errors import CheckpointError
+from potluck.files import storing
 
 SCHEMA = 1
 TIMING_KEYS = ("time", "seconds")
@@ -33,11 +34,9 @@ class EventLog:
 
     def __init__(self, path: Path, position: int = 0, listeners: tuple[Listener, ...] = ()) -> None:
         self._listeners = listeners
-        try:
+        with storing(path):
             self._file = open(path, "ab")  # noqa: SIM115 - closed by close()
             self._file.truncate(position)
-        except OSError as error:
-            raise StorageError(f"{path}: the event log cannot be written ({error})") from None
 
     def write(self, event: str, /, **fields: Any) -> None:
         """Append one event and pass it on.
@@ -47,11 +46,9 @@ class EventLog:
         """
         entry: Event = {"event": event, "time": datetime.now(UTC).isoformat(timespec="milliseconds"), **fields}
         line = json.dumps(entry, allow_nan=False, separators=(",", ":")) + "\n"
-        try:
+        with storing(self._file.name):
             self._file.write(line.encode())
             self._file.flush()
-        except OSError as error:
-            raise StorageError(f"{self._file.name}: the event log cannot be written ({error})") from None
         for listener in self._listeners:
             listener(entry)
 
@@ -61,10 +58,8 @@ class EventLog:
         Returns:
             Its length in bytes.
         """
-        try:
+        with storing(self._file.name):
             os.fsync(self._file.fileno())
-        except OSError as error:
-            raise StorageError(f"{self._file.name}: the event log cannot be written ({error})") from None
         return self._file.tell()
 
     def close(self) -> None:

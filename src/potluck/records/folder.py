@@ -18,8 +18,8 @@ from typing import Any, Literal
 
 from filelock import FileLock, Timeout
 
-from potluck.errors import RunFolderError, StorageError
-from potluck.files import write_text
+from potluck.errors import RunFolderError
+from potluck.files import storing, write_text
 from potluck.recipe import Recipe, load_recipe, recipe_toml
 
 FORMAT = 1
@@ -49,14 +49,13 @@ def locked(folder: Path) -> Iterator[None]:
     Raises:
         RunFolderError: Another process holds it.
     """
-    try:
+    lock = FileLock(folder / "lock", timeout=0)
+    with storing(folder):
         folder.mkdir(parents=True, exist_ok=True)
-        lock = FileLock(folder / "lock", timeout=0)
-        lock.acquire()
-    except Timeout:
-        raise RunFolderError(f"{folder}: another potluck is at work in it", "wait for it, or stop it") from None
-    except OSError as error:
-        raise StorageError(f"{folder}: cannot be written ({error})") from None
+        try:
+            lock.acquire()
+        except Timeout:
+            raise RunFolderError(f"{folder}: another potluck is at work in it", "wait for it, or stop it") from None
     try:
         yield
     finally:

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Callable
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from potluck.errors import StorageError
+from potluck.files import write_text
 from potluck.records.charts import PALETTE, RIVAL, STRONG, Line, Panel, draw_svg
 from potluck.records.curves import (
     Comparison,
@@ -52,8 +51,8 @@ def write_report(folder: Path) -> Path:
         run = read_run(folder)
         data = run_data(run, recipe)
         page = run_page(data, _run_charts(run))
-    _write(folder / "report.json", json.dumps(data, indent=1, allow_nan=False) + "\n")
-    _write(folder / "report.html", page)
+    write_text(folder / "report.json", json.dumps(data, indent=1, allow_nan=False) + "\n")
+    write_text(folder / "report.html", page)
     return folder / "report.html"
 
 
@@ -255,16 +254,3 @@ def _recipe_text(folder: Path) -> str:
         return (folder / "recipe.toml").read_text(encoding="utf-8", errors="replace")
     except FileNotFoundError:
         return ""
-
-
-def _write(path: Path, text: str) -> None:
-    temporary = path.with_name(f"{path.name}.tmp")
-    try:
-        with temporary.open("w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except OSError as error:
-        temporary.unlink(missing_ok=True)
-        raise StorageError(f"{path}: the report cannot be written ({error})") from None

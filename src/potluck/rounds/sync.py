@@ -65,7 +65,7 @@ def run_rounds(
         if last or stop or shared.revision % recipe.records.checkpoint_every == 0:
             checkpoint(score)
         if stop:
-            raise Interrupted(f"stopped after round {shared.revision} of {settings.count}")
+            raise Interrupted(f"after round {shared.revision} of {settings.count}")
 
 
 def one_round(

@@ -1,0 +1,210 @@
+"""Tiny recipes, and verbs in processes of their own that can be watched, stopped and killed."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import signal
+import sys
+import time
+import traceback
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NoReturn
+
+import pytest
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is loaded: threads do not survive a fork
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+NAMES = ("ada", "bob", "eve")
+_WORDS = {
+    "ada": "engine number card loop store add carry wheel note table proof series".split(),
+    "bob": "river fish boat water stone rain cloud bank net shore tide wind".split(),
+    "eve": "apple bread soup salt spoon plate oven honey flour butter onion rice".split(),
+}
+
+
+@pytest.fixture(scope="session")
+def texts(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """One folder of short documents for each of three participants, each with words of its own."""
+    root = tmp_path_factory.mktemp("texts")
+    for name, words in _WORDS.items():
+        draw = random.Random(name)
+        (root / name).mkdir()
+        for number in range(40):
+            (root / name / f"{number}.txt").write_text(" ".join(draw.choices(words, k=40)))
+    return root
+
+
+Tables = dict[str, Any]
+
+
+@pytest.fixture(scope="session")
+def tables(texts: Path) -> Tables:
+    """The content of a recipe whose run takes about a second; not to be changed."""
+    return {
+        "version": 1,
+        "name": "tiny",
+        "data": {"shards": str(texts.parent / "shards"), "validation_fraction": 0.2, "validation_bytes": 1000},
+        "tokenizer": {"kind": "bytes"},
+        "model": {"layers": 1, "width": 32, "heads": 2, "feedforward": 64, "context": 64},
+        "local": {"batch_size": 2, "sequence_length": 16},
+        "rounds": {"count": 3, "local_steps": 2},
+        "participants": [{"name": name, "source": {"path": str(texts / name)}} for name in NAMES],
+    }
+
+
+@pytest.fixture
+def recipe_file(tmp_path: Path, tables: Tables) -> Path:
+    """That recipe as a file."""
+    import tomli_w
+
+    path = tmp_path / "tiny.toml"
+    path.write_text(tomli_w.dumps(tables))
+    return path
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How a verb ended."""
+
+    code: int
+    out: str
+    err: str
+
+    @property
+    def result(self) -> Any:
+        """What ``--json`` printed."""
+        return json.loads(self.out)
+
+
+class Process:
+    """A verb under way in a child of this process: forked, so that torch is loaded once for all tests."""
+
+    def __init__(self, words: tuple[str, ...], folder: Path, before: Callable[[], object]) -> None:
+        folder.mkdir(exist_ok=True)
+        number = len(list(folder.glob("*.out")))
+        self.out, self.err = folder / f"{number}.out", folder / f"{number}.err"
+        self.out.touch()
+        self._ended: Outcome | None = None
+        self.pid = os.fork()
+        if self.pid == 0:
+            self._perform(words, before)
+
+    def _perform(self, words: tuple[str, ...], before: Callable[[], object]) -> NoReturn:
+        code = 1
+        try:
+            for descriptor, path in ((1, self.out), (2, self.err)):
+                os.dup2(os.open(path, os.O_CREAT | os.O_WRONLY), descriptor)
+            sys.stdout, sys.stderr = open(1, "w", closefd=False), open(2, "w", closefd=False)
+            signal.signal(signal.SIGINT, signal.default_int_handler)
+            sys.argv = ["potluck", *words]
+            before()
+            from potluck.cli import main
+
+            main()
+        except SystemExit as end:
+            code = int(end.code or 0)
+        except BaseException:
+            traceback.print_exc()
+        finally:
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os._exit(code)
+
+    def signal(self, number: int) -> None:
+        if self._ended is None:
+            os.kill(self.pid, number)
+
+    def wait(self, at_most: float = 120.0) -> Outcome:
+        """Wait for its end; a process that takes too long is killed."""
+        if not self.ends_within(at_most):
+            self.signal(signal.SIGKILL)
+            self.ends_within(10)
+            pytest.fail(f"no end after {at_most} s\n{self.err.read_text()}")
+        assert self._ended is not None
+        return self._ended
+
+    def ends_within(self, seconds: float) -> bool:
+        until = time.monotonic() + seconds
+        while self._ended is None:
+            pid, status = os.waitpid(self.pid, os.WNOHANG)
+            if pid:
+                code = os.waitstatus_to_exitcode(status)
+                self._ended = Outcome(code, self.out.read_text(), self.err.read_text() if self.err.exists() else "")
+            elif time.monotonic() > until:
+                return False
+            else:
+                time.sleep(0.005)
+        return True
+
+
+class Potluck:
+    """``potluck("train", recipe, code=0)``: a verb in a process of its own, in the test's folder."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self._started: list[Process] = []
+
+    def __call__(self, *words: object, code: int = 0, before: Callable[[], object] = lambda: None) -> Outcome:
+        """Run a verb to its end, which must be the exit code ``code``."""
+        ended = self.start(*words, before=before).wait()
+        assert ended.code == code, f"exit code {ended.code}\n{ended.out}\n{ended.err}"
+        assert "Traceback" not in ended.err
+        return ended
+
+    def start(self, *words: object, before: Callable[[], object] = lambda: None) -> Process:
+        """Start a verb; ``before`` is called in its process first."""
+        self._started.append(Process(tuple(map(str, words)), self._folder / "said", before))
+        return self._started[-1]
+
+    def recipe(self, tables: Tables, **changes: Any) -> Path:
+        """A recipe as a file of this test's own."""
+        import tomli_w
+
+        path = self._folder / f"recipe-{len(list(self._folder.glob('recipe-*')))}.toml"
+        path.write_text(tomli_w.dumps({**tables, **changes}))
+        return path
+
+    def end(self) -> None:
+        for process in self._started:
+            if not process.ends_within(0):
+                process.signal(signal.SIGKILL)
+                process.ends_within(10)
+
+
+@pytest.fixture(scope="session")
+def potluck_in() -> Callable[[Path], Potluck]:
+    """Verbs that write what they say below a folder."""
+    import potluck.commands  # noqa: F401 - loaded here, it is there in every child
+
+    return Potluck
+
+
+@pytest.fixture
+def potluck(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, potluck_in: Callable[[Path], Potluck]) -> Iterator[Potluck]:
+    """Verbs, started in ``tmp_path``."""
+    monkeypatch.chdir(tmp_path)
+    verbs = potluck_in(tmp_path)
+    yield verbs
+    verbs.end()
+
+
+Events = list[dict[str, Any]]
+
+
+@pytest.fixture(scope="session")
+def events() -> Callable[..., Events]:
+    """A run folder's events, of one kind if wanted, without what differs between two runs of one recipe."""
+
+    def read(folder: Path, kind: str | None = None) -> Events:
+        from potluck.records.events import read_events, without_timing
+
+        path = folder / "events.jsonl"
+        found = [without_timing(event) for event in read_events(path)] if path.exists() else []
+        return [event for event in found if kind is None or event["event"] == kind]
+
+    return read

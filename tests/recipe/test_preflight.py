@@ -1,0 +1,103 @@
+"""What ``potluck check`` knows before anything slow."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from potluck.errors import CorpusError, ModelError, PotluckError, RecipeError
+from potluck.preflight import Forecast, forecast
+from potluck.recipe.load import parse_recipe
+
+Tables = dict[str, Any]
+
+
+def check(tables: Tables, **changes: Any) -> Forecast:
+    return forecast(parse_recipe({**tables, **changes}))
+
+
+def with_source(tables: Tables, source: Tables) -> Tables:
+    return {"participants": [*tables["participants"][:2], {"name": "eve", "source": source}]}
+
+
+def test_what_a_run_costs(tables: Tables, texts: Path) -> None:
+    expected = check(tables, rounds={"count": 3, "local_steps": 2, "participants_per_round": 2})
+    assert expected.participants == ("ada", "bob", "eve")
+    assert expected.text_bytes["ada"] == sum(path.stat().st_size for path in (texts / "ada").iterdir())
+    layer = 4 * 32 * 32 + 3 * 32 * 64 + 2 * 32
+    assert expected.parameters == 257 * 32 + layer + 32
+    assert (expected.tokens_per_step, expected.tokens_per_round, expected.total_tokens) == (32, 128, 384)
+    assert expected.transfer_bytes == 4 * expected.parameters
+    assert expected.participant_bytes == 8 * expected.parameters
+    assert expected.warnings == ()
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"rounds": {"sampling": "uniform"}}, "rounds.sampling has no effect: everybody is asked each round"),
+        ({"rounds": {"count": 3, "evaluate_every": 4}}, "rounds.evaluate_every 4: only the first state and the last"),
+        ({"records": {"checkpoint_every": 11}}, "records.checkpoint_every 11: only the first state and the last"),
+        ({"outer": {"kind": "nesterov"}}, "plain averaging"),
+        ({"rounds": {"count": 1000}}, "learnt by heart"),
+        ({"local": {"keep_optimizer": False, "optimizer": {"kind": "sgd"}}}, "local.keep_optimizer has no effect"),
+    ],
+)
+def test_a_setting_without_effect_is_warned_of(tables: Tables, changes: Tables, said: str) -> None:
+    local = {**tables["local"], **changes.pop("local", {})}
+    (warning,) = check(tables, local=local, **changes).warnings
+    assert said in warning
+
+
+def test_a_name_that_compare_will_refuse_is_warned_of(tables: Tables) -> None:
+    people = [{**tables["participants"][0], "name": "pooled"}, *tables["participants"][1:]]
+    (warning,) = check(tables, participants=people).warnings
+    assert "'pooled'" in warning
+
+
+def test_a_split_among_one_is_warned_of(tables: Tables, texts: Path) -> None:
+    data = {"source": {"path": str(texts)}, "split": {"participants": 1}}
+    (warning,) = check({k: v for k, v in tables.items() if k != "participants"}, data=data).warnings
+    assert "divides nothing" in warning
+
+
+@pytest.mark.parametrize(
+    ("source", "said"),
+    [
+        ({"path": "/nowhere"}, "there is no /nowhere"),
+        ({"file": "/nowhere.txt"}, "there is no /nowhere.txt"),
+        ({"jsonl": "/nowhere.jsonl"}, "there is no /nowhere.jsonl"),
+        ({"package": "no_such_package"}, "not installed"),
+        ({"path": "EMPTY"}, "holds no text"),
+        ({"path": "TEXTS", "glob": "*.md"}, "holds no text"),
+    ],
+)
+def test_a_source_that_is_missing_or_empty(tables: Tables, texts: Path, tmp_path: Path, source: Tables, said: str) -> None:
+    places = {"EMPTY": str(tmp_path), "TEXTS": str(texts)}
+    source = {key: places.get(value, value) for key, value in source.items()}
+    with pytest.raises(CorpusError, match="participant eve: ") as error:
+        check(tables, **with_source(tables, source))
+    assert said in str(error.value)
+
+
+def test_less_text_than_a_batch(tables: Tables, tmp_path: Path) -> None:
+    (tmp_path / "short.txt").write_text("x" * 31)
+    with pytest.raises(CorpusError, match="31 bytes of text are less than one local step's 32 tokens") as error:
+        check(tables, **with_source(tables, {"path": str(tmp_path)}))
+    assert "local.batch_size" in error.value.hint
+
+
+@pytest.mark.parametrize(
+    ("changes", "kind", "said"),
+    [
+        ({"local": {"sequence_length": 65}}, RecipeError, "sequence_length 65: the model's context is 64 tokens"),
+        ({"model": {"path": "/nowhere"}}, ModelError, "/nowhere"),
+        ({"tokenizer": {"kind": "folder", "path": "/nowhere"}}, ModelError, "/nowhere"),
+    ],
+)
+def test_what_does_not_fit_the_model(tables: Tables, changes: Tables, kind: type[PotluckError], said: str) -> None:
+    with pytest.raises(kind) as error:
+        check(tables, **changes)
+    assert said in str(error.value)
