@@ -99,7 +99,12 @@ class Run:
         self.continued = checkpoint is not None
         self._began, self._earlier_seconds = time.monotonic(), 0.0
         if checkpoint is not None:
-            self._restore(checkpoint)
+            try:
+                self._restore(checkpoint)
+            except (KeyError, TypeError, ValueError, RuntimeError) as error:
+                raise CheckpointError(
+                    f"{folder}: the checkpoint of round {checkpoint.round} is damaged ({error})"
+                ) from None
         position = checkpoint.facts["events_position"] if checkpoint else 0
         self.log = EventLog(folder / "events.jsonl", position, listeners)
         self._checkpoints = folder / "checkpoints"
@@ -180,8 +185,9 @@ class Run:
         self._earlier_seconds = facts["seconds"]
         for name, participant in self._trainers():
             participant.state.moments.copy_(parts[f"participant-{name}"]["moments"])
-            for counter, value in facts["participants"][name].items():
-                setattr(participant.state, counter, value)
+            state, counters = participant.state, facts["participants"][name]
+            state.optimizer_steps, state.cursor = int(counters["optimizer_steps"]), int(counters["cursor"])
+            state.tokens = int(counters["tokens"])
 
     def _trainers(self) -> Iterator[tuple[str, Participant]]:
         return ((name, self.participants[name]) for name in self.variant.trainers)

@@ -30,12 +30,18 @@ class EventLog:
     Args:
         path: The file; it continues at ``position``, and what lies behind is cut off.
         position: Bytes of the log that belong to the state the run continues from.
+
+    Raises:
+        CheckpointError: The log is shorter than that.
+        StorageError: The disk is full or cannot be written.
     """
 
     def __init__(self, path: Path, position: int = 0, listeners: tuple[Listener, ...] = ()) -> None:
         self._listeners = listeners
         with storing(path):
             self._file = open(path, "ab")  # noqa: SIM115 - closed by close()
+            if self._file.tell() < position:
+                raise CheckpointError(f"{path}: shorter than the {position} bytes the checkpoint goes with")
             self._file.truncate(position)
 
     def write(self, event: str, /, **fields: Any) -> None:
