@@ -60,10 +60,11 @@ def measured(
     if len(runs) > 1:
         low, _, high = statistics.quantiles(runs, n=4, method="inclusive")
         spread = high - low
-    target = f"<= {at_most:g}" if at_most is not None else f">= {at_least:g}" if at_least is not None else None
-    holds = None
-    if value is not None and target is not None:
-        holds = value <= at_most if at_most is not None else value >= at_least
+    target = holds = None
+    if at_most is not None:
+        target, holds = f"<= {at_most:g}", None if value is None else value <= at_most
+    elif at_least is not None:
+        target, holds = f">= {at_least:g}", None if value is None else value >= at_least
     return Measurement(name=name, value=value, spread=spread, unit=unit, target=target, holds=holds, peer=peer)
 
 
@@ -81,7 +82,7 @@ def paired(ours: Callable[[], object], theirs: Callable[[], object], pairs: int)
 
 def versions() -> dict[str, str]:
     """What the figures depend on."""
-    found = {"python": platform.python_version(), "machine": platform.machine(), "threads": str(torch.get_num_threads())}
+    found = {"python": platform.python_version(), "threads": str(torch.get_num_threads())}
     for package in _PACKAGES:
         try:
             found[package] = version(package)

@@ -1,9 +1,9 @@
 """The coordinator's arithmetic: the streaming mean of 16 updates and one Nesterov step.
 
-**Bandwidth.** The least traffic, in vectors of 4 N bytes: the first update is copied (2), each further one is mixed into
-the mean (read both, write one: 3), the outer step reads theta, mean and momentum and writes two (5); 2 + 3 (n - 1) + 5
-in all. The triad ``c = a + s b`` counts 3. Neither counts the reading of lines before they are overwritten. Both run in
-turn in one process with the same threads; the triad is the best of several each time.
+**Bandwidth.** The least traffic, in vectors of 4 N bytes: the first update is copied (2), each further one is mixed
+into the mean (read both, write one: 3), the outer step reads theta, mean and momentum and writes two (5);
+2 + 3 (n - 1) + 5 in all. The triad ``c = a + s b`` counts 3. Neither counts the reading of lines before they are
+overwritten. Both run in turn in one process with the same threads; the triad is the best of several each time.
 
 **Memory.** Peak resident memory of a fresh process above what it has with ``theta`` alone: mean, momentum, and the
 update in flight, in models of 4 N bytes, to the hundredth. Updates are made one at a time.
@@ -184,7 +184,6 @@ def _flower_ways(size: Size, updates: list[Tensor]) -> Iterator[tuple[str, Calla
     done = Status(Code.OK, "")
     replies: Any = [(None, FitRes(done, encoded[i % len(encoded)], 1 + i, {})) for i in numbers]
     yield "aggregate_inplace, from bytes", lambda: aggregate_inplace(replies), lambda result: result
-    del encoded, replies
 
     records = [ArrayRecord({str(k): Array(layer) for k, layer in enumerate(update)}) for update in layers]
     messages = [

@@ -40,7 +40,7 @@ class Size:
 
 
 SIZES = {
-    "short": Size(text_bytes=1_000_000, builds=3, steps=60),
+    "short": Size(text_bytes=500_000, builds=3, steps=60),
     "full": Size(text_bytes=5_000_000, builds=7, steps=300),
 }
 

@@ -13,7 +13,7 @@ from typer.main import get_command
 
 from potluck.cli import app
 from potluck.models.shapes import PRESETS, parameter_count
-from potluck.recipe.load import _tables_in
+from potluck.recipe.load import tables_in
 from potluck.recipe.schema import Recipe, Shape
 
 REFERENCE = Path(__file__).parent / "reference"
@@ -37,19 +37,20 @@ def sections(path: str, table: type[BaseModel], done: set[type[BaseModel]]) -> I
     done.add(table)
     kind, first = table.model_fields.get("kind"), next(iter(table.model_fields))
     title = f"`[{path}]`" if path else "Top level"
+    title = "`[[participants]]`" if path == "participants" else title
     if kind or path in ("model", "data.source"):
         title += f' with `kind = "{kind.default}"`' if kind else f" with `{first}`"
     rows = [(f"`{name}`", *about(field)) for name, field in table.model_fields.items()]
     yield f"## {title}\n\n{table.__doc__}\n\n" + grid(("key", "type", "unit", "default", "meaning"), rows)
     for name, field in table.model_fields.items():
-        for inner in _tables_in(field.annotation):
+        for inner in tables_in(field.annotation):
             if inner not in done:
                 yield from sections(f"{path}.{name}".removeprefix("."), inner, done)
 
 
 def about(field: FieldInfo) -> tuple[str, ...]:
     """Type with bounds, unit, default and sentence of one key."""
-    inner, default, shown = _tables_in(field.annotation), field.default, ""
+    inner, default, shown = tables_in(field.annotation), field.default, ""
     words = ["list of tables" if default == () else "table" if inner else spelled(field.annotation)]
     words += [f"{sign} {getattr(m, key):,}" for m in field.metadata for key, sign in SIGNS.items() if hasattr(m, key)]
     if isinstance(default, BaseModel):

@@ -21,9 +21,9 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 NAMES = ("ada", "bob", "eve")
 _WORDS = {
-    "ada": "engine number card loop store add carry wheel note table proof series".split(),
-    "bob": "river fish boat water stone rain cloud bank net shore tide wind".split(),
-    "eve": "apple bread soup salt spoon plate oven honey flour butter onion rice".split(),
+    "ada": ["engine", "number", "card", "loop", "store", "add", "carry", "wheel", "note", "table", "proof", "series"],
+    "bob": ["river", "fish", "boat", "water", "stone", "rain", "cloud", "bank", "net", "shore", "tide", "wind"],
+    "eve": ["apple", "bread", "soup", "salt", "spoon", "plate", "oven", "honey", "flour", "butter", "onion", "rice"],
 }
 
 
@@ -99,7 +99,7 @@ class Process:
         try:
             for descriptor, path in ((1, self.out), (2, self.err)):
                 os.dup2(os.open(path, os.O_CREAT | os.O_WRONLY), descriptor)
-            sys.stdout, sys.stderr = open(1, "w", closefd=False), open(2, "w", closefd=False)
+            sys.stdout, sys.stderr = (os.fdopen(number, "w", closefd=False) for number in (1, 2))
             signal.signal(signal.SIGINT, signal.default_int_handler)
             sys.argv = ["potluck", *words]
             before()
@@ -185,7 +185,9 @@ def potluck_in() -> Callable[[Path], Potluck]:
 
 
 @pytest.fixture
-def potluck(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, potluck_in: Callable[[Path], Potluck]) -> Iterator[Potluck]:
+def potluck(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, potluck_in: Callable[[Path], Potluck]
+) -> Iterator[Potluck]:
     """Verbs, started in ``tmp_path``."""
     monkeypatch.chdir(tmp_path)
     verbs = potluck_in(tmp_path)

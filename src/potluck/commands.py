@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -128,8 +129,8 @@ def _checked_recipe(path: Path, settings: Sequence[str], console: Console) -> Re
 
 def _train(folder: Path, recipe: Recipe, variant: Variant, console: Console, number: int | None) -> Result:
     planned = Planned(folder, variant, recipe)
-    with Stopping(console.print) as stopping:
-        _run(prepare(recipe, console.print), planned, console, "", stopping, folder, number)
+    with _resumable(folder, console) as stopping:
+        _run(prepare(recipe, console.print), planned, console, "", stopping, number)
     model = _export(folder, folder / "model", None, False)
     record = read_run(folder)
     union = record.evaluations[-1].union
@@ -144,14 +145,14 @@ def _train(folder: Path, recipe: Recipe, variant: Variant, console: Console, num
 
 
 def _compare(folder: Path, recipe: Recipe, pooled: bool, console: Console) -> Result:
-    with Stopping(console.print) as stopping:
+    with _resumable(folder, console) as stopping:
         workplace = prepare(recipe, console.print)
         for planned in planned_runs(recipe, folder, pooled):
             prefix = str(planned.folder.relative_to(folder)).replace("/", " ")
             with locked(planned.folder):
                 if not (planned.folder / "run.json").exists():
                     create_run(planned.folder, planned.recipe, planned.variant)
-                _run(workplace, planned, console, prefix, stopping, folder, None)
+                _run(workplace, planned, console, prefix, stopping, None)
     together = folder / "together"
     _export(together, together / "model", None, False)
     summary = summary_table(read_comparison(folder))
@@ -160,19 +161,25 @@ def _compare(folder: Path, recipe: Recipe, pooled: bool, console: Console) -> Re
     return {**result, "report": _report(folder, console)}
 
 
+@contextmanager
+def _resumable(folder: Path, console: Console) -> Iterator[Stopping]:
+    """Where Ctrl-C and SIGTERM end in how to go on."""
+    hint = f"potluck resume {folder}"
+    try:
+        with Stopping(console.print) as stopping:
+            yield stopping
+    except Interrupted as stop:
+        raise Interrupted(str(stop), hint) from None
+    except KeyboardInterrupt:
+        raise Interrupted("at once: back at the last checkpoint", hint) from None
+
+
 def _run(
-    workplace: Workplace,
-    planned: Planned,
-    console: Console,
-    prefix: str,
-    stopping: Stopping,
-    root: Path,
-    number: int | None,
+    workplace: Workplace, planned: Planned, console: Console, prefix: str, stopping: Stopping, number: int | None
 ) -> None:
     """Start or continue one run, shown live; a finished one is left as it is."""
     if number is None and finished(planned.folder):
         return
-    save_vocabulary(workplace.corpus.vocabulary, planned.folder / "tokenizer")
     checkpoint = newest_checkpoint(planned.folder, number)
     past = history(planned.folder, checkpoint)
     if past and past[0]["environment"] != environment(workplace.network):
@@ -181,12 +188,8 @@ def _run(
         )
     with view(console, planned.recipe.name, prefix, past) as listener:
         run = Run(workplace, planned.variant, planned.folder, planned.recipe, (listener,), checkpoint)
-        try:
-            run.finish(stopping)
-        except Interrupted as stop:
-            raise Interrupted(str(stop), f"potluck resume {root}") from None
-        except KeyboardInterrupt:
-            raise Interrupted("in mid-round: back at the last checkpoint", f"potluck resume {root}") from None
+        save_vocabulary(workplace.corpus.vocabulary, planned.folder / "tokenizer")
+        run.finish(stopping)
 
 
 @dataclass(frozen=True)

@@ -94,7 +94,7 @@ def train(participant: Participant, task: Task) -> Contribution:
         state.optimizer_steps = 0
     moments = state.moments.to(network.device)  # on the CPU the very same vector
     participant.optimizer.bind(moments, state.optimizer_steps)
-    torch.manual_seed(seed_of(recipe.seed, participant.name, first))  # dropout, where a model has it
+    _seed_dropout(network.device, seed_of(recipe.seed, participant.name, first))
     try:
         report = local_steps(
             network,
@@ -136,6 +136,13 @@ def evaluate(participant: Participant, task: Task) -> Contribution:
 
 
 _TASKS: Mapping[str, Callable[[Participant, Task], Contribution]] = {"train": train, "evaluate": evaluate}
+
+
+def _seed_dropout(device: torch.device, seed: int) -> None:
+    """``torch.manual_seed`` where it counts; that one also formats a traceback for every backend not yet in use."""
+    torch.default_generator.manual_seed(seed)
+    if device.type == "cuda":
+        torch.cuda.manual_seed(seed)
 
 
 def _draw(participant: Participant) -> list[Tensor]:

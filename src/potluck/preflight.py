@@ -29,7 +29,9 @@ class Forecast:
         device_bytes: Weights, gradients and a rough estimate of activations on the device of the local steps.
         participant_bytes: Optimizer state of one participant, in host memory.
         coordinator_bytes: Shared state, mean and outer optimizer.
-        transfer_bytes: To and from each participant that is asked, per round, each way.
+        transfer_bytes: One full state: to and from each participant that is asked, per round.
+        up_bytes, down_bytes: All transfers of the run. Everybody downloads a state that is evaluated; one that a
+            participant already holds is not sent to it again. Headers of a few hundred bytes are left out.
         epochs: Passes over its own text that a participant makes in the run, estimated.
         warnings: Settings that have no effect, and figures that look wrong.
     """
@@ -42,6 +44,8 @@ class Forecast:
     participant_bytes: int
     coordinator_bytes: int
     transfer_bytes: int
+    up_bytes: int
+    down_bytes: int
     tokens_per_step: int
     local_steps: int
     tokens_per_round: int
@@ -78,6 +82,8 @@ def forecast(recipe: Recipe) -> Forecast:
         participant_bytes=_FP32 * parameters * _moments(local.optimizer),
         coordinator_bytes=_FP32 * parameters * (2 + _outer_vectors(recipe)),
         transfer_bytes=_FP32 * parameters,
+        up_bytes=_FP32 * parameters * asked * recipe.rounds.count,
+        down_bytes=_FP32 * parameters * _downloads(recipe),
         tokens_per_step=recipe.tokens_per_step,
         local_steps=recipe.local_steps,
         tokens_per_round=tokens_per_round,
@@ -138,6 +144,14 @@ def _epochs(recipe: Recipe, texts: dict[str, int | None]) -> float | None:
     least = min(min(size * (1 - recipe.data.validation_fraction), cap) for size in known)
     rounds = recipe.rounds.count * recipe.asked_per_round / len(texts)
     return rounds * recipe.local_steps * recipe.tokens_per_step * _BYTES_PER_TOKEN[recipe.tokenizer.kind] / least
+
+
+def _downloads(recipe: Recipe) -> int:
+    """Shared states sent to participants: each evaluated one to everybody, each other one to those who are asked."""
+    count, every = recipe.rounds.count, recipe.rounds.evaluate_every
+    evaluated_before_training = -(-count // every)  # revisions 0, every, 2 every, ... below count
+    everybody = (evaluated_before_training + 1) * len(recipe.participant_names)  # and the last revision
+    return everybody + (count - evaluated_before_training) * recipe.asked_per_round
 
 
 def _activations(recipe: Recipe, vocabulary: int) -> int:

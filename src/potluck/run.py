@@ -33,6 +33,7 @@ from potluck.records.checkpoint import (
     load_checkpoint,
     prune_checkpoints,
     save_checkpoint,
+    step_back,
 )
 from potluck.records.events import SCHEMA, Event, EventLog, Listener, read_events
 from potluck.records.folder import Variant
@@ -105,6 +106,7 @@ class Run:
                 raise CheckpointError(
                     f"{folder}: the checkpoint of round {checkpoint.round} is damaged ({error})"
                 ) from None
+            step_back(folder / "checkpoints", checkpoint.round)
         position = checkpoint.facts["events_position"] if checkpoint else 0
         self.log = EventLog(folder / "events.jsonl", position, listeners)
         self._checkpoints = folder / "checkpoints"

@@ -20,13 +20,17 @@ def show_forecast(expected: Forecast) -> None:
         ("parameters", f"{count_text(expected.parameters)} with a vocabulary of {expected.vocabulary_size}"),
         ("rounds", f"{expected.rounds} of {expected.local_steps} local steps"),
         ("tokens", f"{count_text(expected.tokens_per_round)} a round, {count_text(expected.total_tokens)} in all"),
-        ("up and down", f"{bytes_text(expected.transfer_bytes)} each way per participant and round"),
+        ("a transfer", f"{bytes_text(expected.transfer_bytes)} each way per participant and round"),
         (
-            "all transfers",
-            f"{bytes_text(2 * expected.transfer_bytes * expected.asked_per_round * expected.rounds)} in all",
+            "the whole run",
+            f"{bytes_text(expected.up_bytes)} up, {bytes_text(expected.down_bytes)} down, all participants",
         ),
         ("memory, local steps", f"about {bytes_text(expected.device_bytes)}"),
-        ("memory, a participant", f"{bytes_text(expected.participant_bytes)} of optimizer state"),
+        (
+            "memory, participants",
+            f"{bytes_text(expected.participant_bytes)} of optimizer state each, "
+            f"{bytes_text(expected.participant_bytes * len(expected.participants))} in one process",
+        ),
         ("memory, coordinator", bytes_text(expected.coordinator_bytes)),
         ("epochs", "unknown" if expected.epochs is None else f"about {expected.epochs:.1f} over the least text"),
     ]

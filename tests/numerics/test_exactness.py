@@ -121,7 +121,7 @@ def test_weights_sum_to_one(seed, weights) -> None:
 def test_the_mean_refuses_what_it_cannot_weigh(vector, weight) -> None:
     aggregator = WeightedMean(4)
     aggregator.init()
-    with pytest.raises(ValueError, match="expected fp32|not positive and finite"):
+    with pytest.raises(ValueError, match=r"expected fp32|not positive and finite"):
         aggregator.accumulate(vector, weight)
     with pytest.raises(ValueError, match="no contributions"):
         aggregator.finish()
@@ -132,7 +132,7 @@ def test_fedavg_by_hand(make_recipe, make_world) -> None:
     reached, counts = normal(1, 3, 1000), [5, 70, 1]
 
     def perform(name, task):
-        header = dict.fromkeys(("loss", "steps", "skipped_steps", "examples", "cursor", "epoch"), 1)
+        header = {"loss": 1.0, **dict.fromkeys(("steps", "skipped_steps", "examples", "cursor", "epoch"), 1)}
         header["tokens"] = counts[int(name[1])]
         return Contribution(
             kind="train", revision=task.revision, header=header, tensors={"parameters": reached[int(name[1])]}

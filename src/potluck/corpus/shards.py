@@ -121,7 +121,7 @@ def _check_enough(recipe: Recipe, manifests: Mapping[str, dict[str, Any]]) -> No
         if not held_out:
             raise CorpusError(
                 f"participant {name}: none of its documents is held out for validation",
-                "raise data.validation_fraction, add text, or cut long documents into several",
+                "raise data.validation_fraction or data.validation_bytes, add text, or cut long documents into several",
             )
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -29,14 +29,13 @@ class InnerOptimizer:
         self._optimizers = _optimizers(table, flat.parameters, {id(p) for p in embeddings})
         for group in (group for optimizer in self._optimizers for group in optimizer.param_groups):
             group["peak"] = group["lr"]
-        self._slots = [
-            (optimizer, p, slot)
-            for optimizer in self._optimizers
-            for slot in _slots(optimizer)
-            for group in optimizer.param_groups
-            for p in group["params"]
-        ]
-        self.size = sum(p.numel() for _, p, _ in self._slots)
+        self._slots = [(o.state[p], slot, p) for o in self._optimizers for slot in _slots(o) for p in _parameters(o)]
+        self._sizes = [p.numel() for _, _, p in self._slots]
+        self.size = sum(self._sizes)
+        counted = [o.state[p] for o in self._optimizers if isinstance(o, torch.optim.AdamW) for p in _parameters(o)]
+        self._counts = torch.zeros(len(counted), device=flat.vector.device)  # AdamW keeps one for each parameter
+        for state, count in zip(counted, self._counts.unbind(), strict=True):
+            state["step"] = count
         self.steps = 0
 
     def bind(self, moments: Tensor, steps: int) -> None:
@@ -47,13 +46,9 @@ class InnerOptimizer:
             steps: Optimizer steps behind them (AdamW's bias correction).
         """
         self.steps = steps
-        offset = 0
-        for optimizer, parameter, slot in self._slots:
-            view = moments[offset : offset + parameter.numel()].view_as(parameter)
-            optimizer.state[parameter][slot] = view
-            if isinstance(optimizer, torch.optim.AdamW):
-                optimizer.state[parameter]["step"] = torch.tensor(float(steps), device=parameter.device)
-            offset += parameter.numel()
+        self._counts.fill_(steps)
+        for (state, slot, parameter), view in zip(self._slots, moments.split(self._sizes), strict=True):
+            state[slot] = view.view_as(parameter)
 
     def step(self, rate: float) -> None:
         """One step at ``rate`` times the peak learning rate."""
@@ -92,6 +87,10 @@ def _decay_matrices(parameters: Sequence[nn.Parameter], weight_decay: float) -> 
     vectors = [p for p in parameters if p.ndim < 2]
     groups: list[_Group] = [{"params": matrices, "weight_decay": weight_decay}]
     return [*groups, {"params": vectors, "weight_decay": 0.0}] if vectors else groups
+
+
+def _parameters(optimizer: torch.optim.Optimizer) -> Iterator[nn.Parameter]:
+    return (p for group in optimizer.param_groups for p in group["params"])
 
 
 def _slots(optimizer: torch.optim.Optimizer) -> tuple[str, ...]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from safetensors import SafetensorError
 from tokenizers import Tokenizer
 from transformers import (
     AutoTokenizer,
@@ -35,7 +36,7 @@ def export_folder(
     try:
         model.save_pretrained(folder)
         _for_transformers(table, tokenizer, end_of_text, model).save_pretrained(folder)
-    except OSError as error:
+    except (OSError, SafetensorError) as error:
         raise StorageError(f"{folder}: the model cannot be written ({error})") from None
 
 

@@ -160,7 +160,7 @@ def _explain(fault: ErrorDetails) -> str:
     if fault["type"] == "missing":
         return f"{where}: must be given"
     if fault["type"] == "union_tag_not_found":
-        alternatives = _tables_in(tables[-1].model_fields[str(fault["loc"][-1])].annotation)
+        alternatives = tables_in(tables[-1].model_fields[str(fault["loc"][-1])].annotation)
         kinds = (table.model_fields["kind"].default for table in alternatives)
         return f"{where}.kind: must be given, one of {', '.join(map(repr, kinds))}"
     if fault["type"] == "value_error":
@@ -191,15 +191,15 @@ def _suggest(key: str, table: type[BaseModel]) -> str:
 def _all_keys(table: type[BaseModel], prefix: str) -> Iterator[tuple[str, str]]:
     for name, field in table.model_fields.items():
         yield prefix + name, name
-        for inner in _tables_in(field.annotation):
+        for inner in tables_in(field.annotation):
             yield from _all_keys(inner, f"{prefix}{name}.")
 
 
-def _tables_in(annotation: Any) -> list[type[BaseModel]]:
+def tables_in(annotation: Any) -> list[type[BaseModel]]:
     """The tables an annotation admits, looking through unions, tuples and ``Annotated``."""
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
         return [annotation]
-    return [table for inner in get_args(annotation) for table in _tables_in(inner)]
+    return [table for inner in get_args(annotation) for table in tables_in(inner)]
 
 
 def _tables_along(loc: Sequence[str | int]) -> tuple[list[type[BaseModel]], str]:
@@ -217,7 +217,7 @@ def _tables_along(loc: Sequence[str | int]) -> tuple[list[type[BaseModel]], str]
         else:
             shown.append(part)
             field = tables[-1].model_fields.get(part)
-            options = _tables_in(field.annotation) if field else []
+            options = tables_in(field.annotation) if field else []
             if len(options) == 1:
                 tables.append(options[0])
     return tables, ".".join(shown)

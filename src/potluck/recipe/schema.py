@@ -45,7 +45,7 @@ PresetName = Literal["tiny", "small", "35m", "125m"]
 
 
 class Preset(Table):
-    """A shape with a name; `docs/reference/recipe.md` lists them."""
+    """A shape with a name."""
 
     preset: PresetName = setting("tiny", "Named shape: about 1M, 6M, 35M or 125M parameters.")
 

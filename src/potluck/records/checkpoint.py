@@ -20,6 +20,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from potluck.errors import CheckpointError, StorageError
+from potluck.files import storing
 
 FORMAT = 1
 Parts = Mapping[str, Mapping[str, Tensor]]
@@ -107,7 +108,23 @@ def prune_checkpoints(folder: Path, keep_last: int, best: int | None) -> None:
     """Remove all checkpoints but the newest ``keep_last`` and that of round ``best``."""
     for number in list_checkpoints(folder)[:-keep_last]:
         if number != best:
-            shutil.rmtree(folder / f"round-{number:06d}", ignore_errors=True)
+            _remove(folder, number)
+
+
+def step_back(folder: Path, number: int) -> None:
+    """Remove the checkpoints after round ``number``, from which a run goes on."""
+    for later in reversed(list_checkpoints(folder)):
+        if later > number:
+            _remove(folder, later)
+
+
+def _remove(folder: Path, number: int) -> None:
+    """Remove a checkpoint; it loses its name first, so that half of one is never taken for a whole."""
+    nameless = folder / f".partial-{number:06d}"
+    with storing(folder):
+        shutil.rmtree(nameless, ignore_errors=True)
+        (folder / f"round-{number:06d}").rename(nameless)
+    shutil.rmtree(nameless, ignore_errors=True)
 
 
 def _hash(path: Path) -> str:

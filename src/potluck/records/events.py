@@ -77,9 +77,13 @@ def read_events(path: Path, end: int | None = None) -> Iterator[Event]:
     """The events of a log, up to byte ``end``; a last line cut off by a crash is left out.
 
     Raises:
-        CheckpointError: A line before the last is not an event.
+        CheckpointError: The log cannot be read, or a line before the last is not an event.
     """
-    with path.open("rb") as file:
+    try:
+        file = path.open("rb")
+    except OSError as error:
+        raise CheckpointError(f"{path}: the event log cannot be read ({error.strerror})") from None
+    with file:
         position = 0
         for number, line in enumerate(file, 1):
             position += len(line)

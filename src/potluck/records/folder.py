@@ -66,9 +66,9 @@ def create_run(folder: Path, recipe: Recipe, variant: Variant) -> None:
     """Make a folder, held by ``locked``, the home of a run.
 
     Raises:
-        RunFolderError: It is the home of another.
+        RunFolderError: It is the home of another that has begun.
     """
-    if (folder / "run.json").exists():
+    if (folder / "run.json").exists() and any(folder.rglob("events.jsonl")):
         raise RunFolderError(
             f"{folder}: there is a run here already",
             f"`potluck resume {folder}` goes on with it; another name or records.folder starts a new one",

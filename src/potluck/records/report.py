@@ -252,5 +252,5 @@ def _share(run: RunRecord, points: list[tuple[float, float | None]]) -> list[tup
 def _recipe_text(folder: Path) -> str:
     try:
         return (folder / "recipe.toml").read_text(encoding="utf-8", errors="replace")
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return ""

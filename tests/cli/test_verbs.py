@@ -1,0 +1,193 @@
+"""The command line: what it takes, what it prints, how it ends."""
+
+from __future__ import annotations
+
+import inspect
+import json
+import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+from potluck import errors
+
+if TYPE_CHECKING:
+    from tests.conftest import Events, Potluck, Tables
+
+# Verbs and options are a promise: this list grows by decision, not by accident.
+VERBS = {
+    "check": ["RECIPE", "--set", "--json"],
+    "train": ["RECIPE", "--set", "--json"],
+    "resume": ["RUN", "--round", "--json"],
+    "compare": ["RECIPE", "--set", "--pooled", "--no-pooled", "--json"],
+    "evaluate": ["RUN", "--model", "--round", "--best", "--json"],
+    "generate": ["RUN_OR_MODEL", "--prompt", "--max-tokens", "--temperature", "--top-p", "--seed", "--json"],
+    "export": ["RUN", "--to", "--round", "--best", "--json"],
+    "report": ["RUN", "--json"],
+}
+
+
+def test_the_verbs_and_their_options() -> None:
+    from typer.main import get_command
+
+    from potluck.cli import app
+
+    found = {}
+    for name, command in get_command(app).commands.items():  # type: ignore[attr-defined]
+        words: list[str] = []
+        for parameter in command.params:
+            is_option = parameter.param_type_name == "option"
+            words += [*parameter.opts, *parameter.secondary_opts] if is_option else [str(parameter.metavar)]
+            assert not is_option or parameter.help, f"{name} {parameter.name}"
+        found[name] = words
+        assert command.help
+    assert found == VERBS
+
+
+# --- a process of its own ----------------------------------------------------------------------
+
+
+def test_check_answers_without_torch(recipe_file: Path) -> None:
+    code = (
+        f"import sys\nsys.argv = ['potluck', 'check', {str(recipe_file)!r}, '--json']\n"
+        "from potluck.cli import main\ntry:\n    main()\nfinally:\n"
+        "    print(*({'torch', 'transformers', 'datasets', 'matplotlib'} & set(sys.modules)), file=sys.stderr)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr.strip()) == (0, "")
+    assert json.loads(done.stdout)["rounds"] == 3
+
+
+@pytest.mark.parametrize(
+    ("words", "code"),
+    [(["--version"], 0), (["-h"], 0), (["train", "--help"], 0), ([], 2), (["trian"], 2), (["train"], 2),
+     (["check", "gone.toml"], 3), (["generate", "x", "--temperature", "-1"], 2)],
+)  # fmt: skip
+def test_the_installed_command(words: list[str], code: int, tmp_path: Path) -> None:
+    script = Path(sys.executable).with_name("potluck")
+    command = [str(script)] if script.exists() else [sys.executable, "-m", "potluck.cli"]
+    done = subprocess.run([*command, *words], capture_output=True, text=True, check=False, cwd=tmp_path)
+    assert done.returncode == code, done.stderr
+    assert "Traceback" not in done.stderr
+
+
+# --- exit codes --------------------------------------------------------------------------------
+
+
+def every_class(base: type[errors.PotluckError] = errors.PotluckError) -> Iterator[type[errors.PotluckError]]:
+    yield base
+    for inner in base.__subclasses__():
+        yield from every_class(inner)
+
+
+def test_exit_codes_are_what_is_written() -> None:
+    rows = re.findall(r"^ *[├└│─ ]*(\w+) +(?:(\d+) +)?\S.*$", errors.__doc__.split("::")[1].split("Exit code")[0], re.M)
+    written = {name: int(code) if code else None for name, code in rows}
+    classes = {found.__name__: found for found in every_class()}
+    assert set(written) == set(classes)
+    for name, code in written.items():
+        assert classes[name].exit_code == (code if code is not None else classes[name].__base__.exit_code), name
+    own = [code for code in written.values() if code is not None]
+    assert len(own) == len(set(own)) and not {0, 2} & set(own)
+
+
+def test_every_error_has_a_sentence() -> None:
+    assert all(inspect.getdoc(found) for found in every_class())
+
+
+# --- JSON --------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def trained(
+    tmp_path_factory: pytest.TempPathFactory, potluck_in: Callable[[Path], Potluck], tables: Tables
+) -> tuple[Path, Any]:
+    """A finished run and what ``train --json`` printed."""
+    verbs = potluck_in(tmp_path_factory.mktemp("trained"))
+    folder = tmp_path_factory.mktemp("trained") / "run"
+    return folder, verbs("train", verbs.recipe(tables), "--set", f"records.folder={folder}", "--json").result
+
+
+@pytest.fixture
+def run(trained: tuple[Path, Any], tmp_path: Path) -> Path:
+    return Path(shutil.copytree(trained[0], tmp_path / "run"))
+
+
+def test_train_prints_json(trained: tuple[Path, Any], events: Callable[..., Events]) -> None:
+    folder, printed = trained
+    assert set(printed) == {"run", "rounds", "total_tokens", "bits_per_byte", "model", "report"}
+    assert (printed["run"], printed["rounds"], printed["total_tokens"]) == (str(folder), 3, 3 * 3 * 2 * 32)
+    assert printed["bits_per_byte"] == events(folder, "evaluation")[-1]["union"]["bits_per_byte"]
+
+
+def test_every_verb_prints_json(potluck: Potluck, run: Path, recipe_file: Path) -> None:
+    assert potluck("check", recipe_file, "--json").result["participants"] == ["ada", "bob", "eve"]
+    assert potluck("resume", run, "--json").result["rounds"] == 3
+    assert potluck("evaluate", run, "--json").result["round"] == 3
+    assert set(potluck("generate", run, "--max-tokens", 2, "--json").result) == {"prompt", "text"}
+    assert potluck("export", run, "--to", "out", "--json").result == {"model": "out"}
+    assert potluck("report", run, "--json").result == {"report": str(run / "report.html")}
+
+
+def test_every_verb_speaks_to_people(potluck: Potluck, run: Path, recipe_file: Path) -> None:
+    for words in (["check", recipe_file], ["resume", run], ["evaluate", run], ["export", run], ["report", run]):
+        out = potluck(*words).out
+        assert out.strip()
+        with pytest.raises(json.JSONDecodeError):
+            json.loads(out)
+
+
+@pytest.mark.parametrize(
+    ("words", "code"),
+    [(["check", "gone.toml"], 3), (["train", "RECIPE", "--set", "rounds.cout=1"], 3), (["compare", "gone.toml"], 3),
+     (["check", "RECIPE", "--set", "participants.0.source={path='gone'}"], 4), (["generate", "gone"], 5),
+     (["resume", "gone"], 9), (["evaluate", "gone"], 9), (["export", "gone"], 9), (["report", "gone"], 9)],
+)  # fmt: skip
+def test_errors_are_json_too(potluck: Potluck, recipe_file: Path, words: list[str], code: int) -> None:
+    ended = potluck(*[str(recipe_file) if word == "RECIPE" else word for word in words], "--json", code=code)
+    assert set(ended.result) == {"error", "hint", "exit_code"}
+    assert ended.result["exit_code"] == code and ended.result["error"] in ended.err.replace("\n", " ") + ended.err
+
+
+# --- evaluate and generate ---------------------------------------------------------------------
+
+
+def test_evaluate_repeats_the_runs_last_evaluation(potluck: Potluck, run: Path, events: Callable[..., Events]) -> None:
+    said, logged = potluck("evaluate", run, "--json").result, events(run, "evaluation")[-1]
+    assert said["participants"] == logged["participants"] and said["union"] == logged["union"]
+
+
+def test_evaluate_gives_an_exported_model_the_same_number(potluck: Potluck, run: Path) -> None:
+    ours = potluck("evaluate", run, "--json").result
+    theirs = potluck("evaluate", run, "--model", run / "model", "--json").result
+    for name, row in ours["participants"].items():
+        assert theirs["participants"][name]["nats"] == pytest.approx(row["nats"], rel=1e-6)
+        assert theirs["participants"][name]["tokens"] == row["tokens"]
+
+
+def test_evaluate_of_an_earlier_round(potluck: Potluck, run: Path, events: Callable[..., Events]) -> None:
+    assert potluck("evaluate", run, "--round", 2, "--json").result["union"] == events(run, "evaluation")[2]["union"]
+    potluck("evaluate", run, "--round", 1, code=7)
+    potluck("evaluate", run, "--model", run / "model", "--best", code=3)
+
+
+def test_the_same_seed_writes_the_same_text(potluck: Potluck, run: Path) -> None:
+    def text(*words: object) -> str:
+        return str(potluck("generate", *words, "--prompt", "river ", "--max-tokens", 24, "--json").result["text"])
+
+    assert text(run, "--seed", 1) == text(run, "--seed", 1) == text(run / "model", "--seed", 1)
+    assert text(run, "--seed", 1) != text(run, "--seed", 2)
+    assert text(run, "--temperature", 0, "--seed", 1) == text(run, "--temperature", 0, "--seed", 2)
+    assert potluck("generate", run, "--prompt", "river ", "--max-tokens", 4).out.startswith("river ")
+
+
+def test_a_warning_does_not_disturb_the_json(potluck: Potluck, recipe_file: Path) -> None:
+    odd = ("--set", "rounds.evaluate_every=9", "--set", "records.folder=odd", "--json")
+    ended = potluck("train", recipe_file, *odd)
+    assert "warning: rounds.evaluate_every 9" in ended.err and ended.result["rounds"] == 3
+    assert potluck("check", recipe_file, *odd).result["warnings"]

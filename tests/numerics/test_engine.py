@@ -1,0 +1,217 @@
+"""What every engine owes the rounds; and the virtual clock, by hand."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+
+from potluck.contribution import Contribution, ParticipantInfo, Task
+from potluck.engine.inprocess import InProcess
+from potluck.engine.protocol import Engine
+from potluck.errors import TrainingError
+from potluck.recipe.sources import Profile
+from potluck.updates.codec import wire_bytes
+
+NAMES = ("ann", "bob", "cem")
+PROFILE = Profile(steps_per_second=2.0, uplink=4.0, downlink=8.0, latency=100.0)
+
+Perform = Callable[[str, Task], Contribution]
+MakeEngine = Callable[..., Engine]
+
+
+def doubled(name: str, task: Task) -> Contribution:
+    """Twice the shared state; ``bob`` fails at kind ``fail``."""
+    if (name, task.kind) == ("bob", "fail"):
+        raise TrainingError("bob ran out of text", "give bob more")
+    return Contribution(
+        kind=task.kind, revision=task.revision, header={"by": name}, tensors={"x": 2 * task.tensors["x"]}
+    )
+
+
+def task_of(kind: str = "train", revision: int = 0, value: float = 1.0, steps: int = 1) -> Task:
+    tensors = {"x": torch.full((1000,), value)}
+    return Task(kind=kind, revision=revision, parameters={"steps": steps}, tensors=tensors)
+
+
+@pytest.fixture(params=["inprocess", "inprocess with profiles"])
+def make_engine(request: pytest.FixtureRequest) -> MakeEngine:
+    """An engine with NAMES on its roster."""
+
+    def make(perform: Perform = doubled) -> Engine:
+        roster = [ParticipantInfo(name=name) for name in NAMES]
+        profiles = {name: PROFILE for name in NAMES} if "profiles" in request.param else None
+        return InProcess(roster, perform, wire_bytes, profiles)
+
+    return make
+
+
+# --- what holds for every engine ----------------------------------------------------------------
+
+
+def test_the_roster_keeps_its_order(make_engine: MakeEngine) -> None:
+    assert tuple(make_engine().roster()) == NAMES
+
+
+def test_every_task_gets_one_reply(make_engine: MakeEngine) -> None:
+    engine = make_engine()
+    sent = {engine.send(name, task_of(value=value)): (name, value) for value in (1.0, 2.0) for name in NAMES}
+    assert len(sent) == 6
+    while (reply := engine.receive()) is not None:
+        name, value = sent.pop(reply.task)
+        assert (reply.participant, reply.status, reply.contribution.header) == (name, "ok", {"by": name})
+        assert torch.equal(reply.contribution.tensors["x"], torch.full((1000,), 2 * value))
+        assert reply.up_bytes == wire_bytes(reply.contribution)
+    assert not sent
+
+
+def test_a_failure_is_a_reply_with_its_reason(make_engine: MakeEngine) -> None:
+    engine = make_engine()
+    for name in NAMES:
+        engine.send(name, task_of("fail"))
+    replies = {reply.participant: reply for reply in (engine.receive(), engine.receive(), engine.receive())}
+    assert [replies[name].status for name in NAMES] == ["ok", "failed", "ok"]
+    bob = replies["bob"]
+    assert (bob.contribution, bob.reason, bob.up_bytes) == (None, "bob ran out of text", 0)
+    assert bob.down_bytes == wire_bytes(task_of("fail"))
+
+
+def test_a_cancelled_task_has_no_reply(make_engine: MakeEngine) -> None:
+    engine = make_engine()
+    first, second, third = (engine.send(name, task_of()) for name in NAMES)
+    engine.cancel(second)
+    assert {engine.receive().task, engine.receive().task} == {first, third}
+    engine.cancel(first)  # too late, and harmless
+    assert engine.receive() is None
+
+
+def test_receiving_nothing_is_none(make_engine: MakeEngine) -> None:
+    assert make_engine().receive() is None
+    assert make_engine().receive(timeout=0.01) is None
+
+
+def test_a_state_already_held_is_not_sent_again(make_engine: MakeEngine) -> None:
+    engine = make_engine()
+    full, bare = wire_bytes(task_of()), wire_bytes(Task(kind="train", revision=0, parameters={"steps": 1}))
+    down = {}
+    for step, (name, revision) in enumerate([("ann", 0), ("ann", 0), ("bob", 0), ("ann", 1), ("ann", 0)]):
+        engine.send(name, task_of(revision=revision))
+        down[step] = engine.receive().down_bytes
+    assert full > bare + 4000
+    assert list(down.values()) == [full, bare, full, full, full]
+
+
+def test_time_goes_forward(make_engine: MakeEngine) -> None:
+    engine = make_engine()
+    times = [engine.now()]
+    for name in NAMES:
+        engine.send(name, task_of())
+        times.append(engine.now())
+    while (reply := engine.receive()) is not None:
+        times.append(engine.now())
+        assert 0 <= reply.seconds <= engine.now()
+    assert times == sorted(times)
+
+
+def test_a_reply_holds_until_the_next_is_received(make_engine: MakeEngine) -> None:
+    """Though participants take turns in one working memory."""
+    memory = torch.zeros(1000)
+
+    def perform(name: str, task: Task) -> Contribution:
+        memory.copy_(task.tensors["x"])
+        return Contribution(kind=task.kind, revision=task.revision, tensors={"x": memory})
+
+    engine = make_engine(perform)
+    values = {engine.send(name, task_of(value=float(i))): float(i) for i, name in enumerate(NAMES)}
+    for _ in NAMES:
+        reply = engine.receive()
+        assert torch.equal(reply.contribution.tensors["x"], torch.full((1000,), values[reply.task]))
+
+
+# --- the virtual clock ----------------------------------------------------------------------------
+
+
+def simulated(profiles: dict[str, Profile], seed: int = 0, perform: Perform = doubled) -> InProcess:
+    def size(message):  # 10 MB with tensors, 1 kB without
+        return 10_000_000 if message.tensors else 1_000
+
+    return InProcess([ParticipantInfo(name=name) for name in profiles], perform, size, profiles, seed)
+
+
+def test_times_are_those_computed_by_hand() -> None:
+    engine = simulated({"ann": PROFILE})
+    engine.send("ann", task_of(steps=6))
+    engine.send("ann", task_of(steps=4))
+    first, second = engine.receive(), engine.receive()
+    down, bare, up = 0.1 + 80e6 / 8e6, 0.1 + 8e3 / 8e6, 0.1 + 80e6 / 4e6
+    assert first.seconds == pytest.approx(down + 3 + up)
+    assert second.seconds == pytest.approx(down + 3 + 2 + up)  # one task at a time, begun when the first is done
+    assert engine.now() == pytest.approx(second.seconds)
+    engine.send("ann", task_of(steps=2))
+    assert engine.receive().seconds == pytest.approx(bare + 1 + up)
+    assert engine.now() == pytest.approx(down + 5 + up + bare + 1 + up)
+
+
+def test_replies_come_in_order_of_arrival() -> None:
+    """The fastest has the slowest link; who is worked on first is not who arrives first."""
+    engine = simulated(
+        {
+            "fast": Profile(steps_per_second=100.0, uplink=1.0),
+            "slow": Profile(steps_per_second=1.0, uplink=100.0),
+            "even": Profile(steps_per_second=5.0, uplink=10.0),
+        }
+    )
+    for name in engine.roster():
+        engine.send(name, task_of(steps=20))
+    replies = [engine.receive() for _ in range(3)]
+    assert [reply.participant for reply in replies] == ["even", "slow", "fast"]
+    assert [reply.seconds for reply in replies] == sorted(reply.seconds for reply in replies)
+
+
+def test_equal_arrivals_come_in_order_of_sending() -> None:
+    engine = simulated({name: PROFILE for name in NAMES})
+    sent = [engine.send(name, task_of()) for name in ("cem", "ann", "bob")]
+    assert [engine.receive().task for _ in sent] == sent
+
+
+def test_a_timeout_passes_on_the_virtual_clock() -> None:
+    engine = simulated({"ann": PROFILE})
+    engine.send("ann", task_of(steps=6))  # 10.1 down, 3 steps, 20.1 up
+    for waited in (10.0, 20.0, 30.0):
+        assert engine.receive(timeout=10.0) is None
+        assert engine.now() == waited
+    assert engine.receive(timeout=10.0).seconds == pytest.approx(33.2)
+
+
+def availability(seed: int, share: float) -> list[tuple[str, str, float]]:
+    engine = simulated({name: PROFILE.model_copy(update={"availability": share}) for name in NAMES}, seed)
+    replies = []
+    for revision in range(100):
+        for name in NAMES:
+            engine.send(name, task_of(revision=revision))
+        replies += [engine.receive() for _ in NAMES]
+    return [(reply.participant, reply.status, reply.seconds) for reply in replies]
+
+
+def test_two_runs_are_the_same_and_draws_follow_the_seed() -> None:
+    assert availability(1, 0.5) == availability(1, 0.5) != availability(2, 0.5)
+
+
+@pytest.mark.parametrize("share", [0.2, 0.5, 1.0])
+def test_availability_is_a_probability(share: float) -> None:
+    statuses = [status for _, status, _ in availability(3, share)]
+    assert statuses.count("ok") == pytest.approx(300 * share, abs=4 * (300 * share * (1 - share)) ** 0.5)
+
+
+def test_what_an_absent_participant_was_not_sent_it_does_not_hold() -> None:
+    engine = simulated({"ann": PROFILE.model_copy(update={"availability": 0.1})})
+    held = False
+    for kind in map(str, range(80)):  # each kind of task is another draw
+        engine.send("ann", task_of(kind))
+        reply = engine.receive()
+        present = reply.status == "ok"
+        assert reply.down_bytes == (0 if not present else 1_000 if held else 10_000_000)
+        assert present or reply.reason == "not available"
+        held = held or present
+    assert held

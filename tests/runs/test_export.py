@@ -1,0 +1,72 @@
+"""What leaves us is what was trained."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+if TYPE_CHECKING:
+    from tests.conftest import Potluck, Tables
+
+SHAPES: dict[str, Any] = {
+    "llama": {"layers": 1, "width": 32, "heads": 2, "feedforward": 64, "context": 64},
+    "qwen3": {"layers": 1, "width": 32, "heads": 4, "kv_heads": 2, "feedforward": 64, "context": 64,
+              "qk_norm": True, "tied": False},
+}  # fmt: skip
+TOKENIZERS = {"llama": {"kind": "bytes"}, "qwen3": {"kind": "bpe", "vocab_size": 300}}
+TEXT = "the river ran under the bridge, ÄÖ 橋 <|endoftext|>\n\tand on"
+
+
+@pytest.mark.parametrize("kind", ["llama", "qwen3"])
+def test_an_exported_model_is_the_trained_one(potluck: Potluck, tables: Tables, tmp_path: Path, kind: str) -> None:
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    from potluck.corpus.tokenizer import load_vocabulary
+    from potluck.recipe import load_recipe
+    from potluck.records.checkpoint import load_checkpoint
+    from potluck.run import prepare
+
+    potluck("train", potluck.recipe(tables, model=SHAPES[kind], tokenizer=TOKENIZERS[kind]), "--set",
+            "records.folder=run")  # fmt: skip
+    run = tmp_path / "run"
+    trained = prepare(load_recipe(run / "recipe.toml"), lambda _: None).network
+    trained.flat.vector.copy_(load_checkpoint(run / "checkpoints").parts["shared"]["theta"])
+    exported = AutoModelForCausalLM.from_pretrained(run / "model")
+    tokens = torch.randint(0, 257, (2, 40), generator=torch.Generator().manual_seed(0))
+    with torch.inference_mode():
+        ours, theirs = trained.model.eval()(input_ids=tokens).logits, exported(input_ids=tokens).logits
+    assert float((ours - theirs).abs().max()) <= 1e-5
+
+    vocabulary, tokenizer = load_vocabulary(run / "tokenizer"), AutoTokenizer.from_pretrained(run / "model")
+    ids = tokenizer(TEXT, add_special_tokens=False, split_special_tokens=True)["input_ids"]
+    assert ids == vocabulary.tokenizer.encode(TEXT, add_special_tokens=False).ids
+    assert tokenizer.decode(ids) == TEXT
+    assert tokenizer.eos_token_id == vocabulary.end_of_text == exported.generation_config.eos_token_id
+    assert (run / "model" / "README.md").exists() and (run / "model" / "recipe.toml").exists()
+
+
+def test_an_exported_model_can_be_trained_further(potluck: Potluck, tables: Tables, done: Path) -> None:
+    own = {key: value for key, value in tables.items() if key != "tokenizer"}
+    recipe = potluck.recipe(own, model={"path": str(done / "model")}, rounds={"count": 1, "local_steps": 1})
+    assert potluck("check", recipe, "--json").result["parameters"] == 18_560
+    before = potluck("evaluate", done, "--json").result["union"]["bits_per_byte"]
+    after = potluck("train", recipe, "--set", "records.folder=further", "--json").result["bits_per_byte"]
+    assert after == pytest.approx(before, abs=0.3)
+    potluck("generate", "further/model", "--max-tokens", 2)
+
+
+def test_an_export_of_an_earlier_round(potluck: Potluck, done: Path, tmp_path: Path) -> None:
+    from safetensors.torch import load_file
+
+    from potluck.records.checkpoint import load_checkpoint
+
+    potluck("export", done, "--to", "six", "--round", 6)
+    exported = load_file(tmp_path / "six" / "model.safetensors")
+    theta = load_checkpoint(done / "checkpoints", 6).parts["shared"]["theta"]
+    assert sum(tensor.numel() for tensor in exported.values()) == theta.numel()
+    assert sum(float(tensor.double().sum()) for tensor in exported.values()) == pytest.approx(
+        float(theta.double().sum())
+    )
