@@ -11,7 +11,7 @@ loop     ``diloco``: DiLoCo (arXiv 2311.08105), algorithm 1. With ``outer_moment
 inside   ``local_step``: AdamW (arXiv 1711.05101, algorithm 2), whose moments each participant keeps between
          rounds; the gradient clipped by its norm (arXiv 1211.5063, algorithm 1); the rate ``cosine`` (arXiv
          1608.03983, equation 5, without restarts) over the local steps of the whole run.
-mean     sum_i n_i theta_i / sum_i n_i, the last line of FedAvg's server, one participant at a time.
+mean     sum_i n_i theta_i / sum_i n_i, FedAvg's weighted average, taken in one participant at a time.
 outside  Nesterov momentum as PyTorch writes it: b <- mu b + Delta, theta <- theta - eta (Delta + mu b).
 score    bits per byte: nats on held-out text / (ln 2 x its bytes).
 =======  ==============================================================================================

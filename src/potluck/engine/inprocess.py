@@ -75,10 +75,15 @@ class InProcess:
 
     def send(self, to: ParticipantId, task: Task) -> TaskId:
         """Give a participant a task; a shared state it already holds is not sent again."""
+        self._sent += 1
+        if self._profiles and not self._available(to, task):
+            refusal = Reply(task=self._sent, participant=to, status="failed", reason="not available")
+            due = self._virtual_now + 2 * _transfer(0, 1.0, self._profiles[to].latency)
+            heapq.heappush(self._queue, _Pending(due, self._sent, to, task, self._virtual_now, 0, refusal))
+            return self._sent
         new_state = self._held.get(to) != task.revision
         down_bytes = self._wire_bytes(task if new_state else replace(task, tensors={}))
         self._held[to] = task.revision
-        self._sent += 1
         due = self._due(to, task, down_bytes) if self._profiles else 0.0
         heapq.heappush(self._queue, _Pending(due, self._sent, to, task, self.now(), down_bytes))
         return self._sent
@@ -108,13 +113,12 @@ class InProcess:
 
     def _reply(self, pending: _Pending) -> Reply:
         failed = Reply(task=pending.task_id, participant=pending.to, status="failed", down_bytes=pending.down_bytes)
-        if not self._available(pending):
-            return replace(failed, reason="not available", down_bytes=0)
         try:
             contribution = self._perform(pending.to, pending.task)
+            up_bytes = self._wire_bytes(contribution)
         except PotluckError as error:
             return replace(failed, reason=str(error))
-        return replace(failed, status="ok", contribution=contribution, up_bytes=self._wire_bytes(contribution))
+        return replace(failed, status="ok", contribution=contribution, up_bytes=up_bytes)
 
     def _due(self, to: ParticipantId, task: Task, down_bytes: int) -> float:
         """When the participant will have done the task."""
@@ -131,13 +135,12 @@ class InProcess:
         profile = self._profiles[reply.participant]
         return self._virtual_now + _transfer(reply.up_bytes, profile.uplink, profile.latency)
 
-    def _available(self, pending: _Pending) -> bool:
+    def _available(self, to: ParticipantId, task: Task) -> bool:
         """Drawn from seed, participant and revision, so that a resumed run draws the same."""
-        if not self._profiles or self._profiles[pending.to].availability == 1.0:
-            return True
-        key = f"{self._seed}/{pending.to}/{pending.task.kind}/{pending.task.revision}"
+        assert self._profiles is not None
+        key = f"{self._seed}/{to}/{task.kind}/{task.revision}"
         draw = int.from_bytes(hashlib.sha256(key.encode()).digest()[:8], "big") / 2**64
-        return draw < self._profiles[pending.to].availability
+        return draw < self._profiles[to].availability
 
 
 def _transfer(size: int, megabits_per_second: float, latency_milliseconds: float) -> float:

@@ -24,9 +24,11 @@ def negative_log_likelihood(network: Network, stream: np.ndarray, sequence_lengt
     """
     network.model.eval()
     rows = (len(stream) - 1) // sequence_length
-    whole = np.lib.stride_tricks.sliding_window_view(stream, sequence_length + 1)[::sequence_length][:rows]
-    at_once = max(1, _TOKENS_PER_BATCH // sequence_length)
-    pieces = [whole[start : start + at_once] for start in range(0, rows, at_once)]
+    pieces = []
+    if rows:
+        whole = np.lib.stride_tricks.sliding_window_view(stream, sequence_length + 1)[::sequence_length]
+        at_once = max(1, _TOKENS_PER_BATCH // sequence_length)
+        pieces = [whole[start : start + at_once] for start in range(0, rows, at_once)]
     rest = stream[rows * sequence_length :]
     if len(rest) > 1:
         pieces.append(rest[None])

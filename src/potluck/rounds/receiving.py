@@ -14,7 +14,7 @@ from potluck.engine.protocol import Engine
 from potluck.errors import TrainingError
 from potluck.rounds.state import SharedState
 
-_FIGURES = ("loss", "steps", "skipped_steps", "tokens", "examples", "cursor", "epoch")
+FIGURES = ("loss", "steps", "skipped_steps", "tokens", "examples", "cursor", "epoch")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,7 +46,7 @@ def examine(reply: Reply, shared: SharedState) -> Verdict:
     if contribution is None:
         return Verdict(status="failed", reason=reply.reason)
     parameters = contribution.tensors.get("parameters")
-    if contribution.kind != "train" or parameters is None or any(key not in contribution.header for key in _FIGURES):
+    if contribution.kind != "train" or parameters is None or any(key not in contribution.header for key in FIGURES):
         return Verdict(status="rejected", reason="not an update")
     if contribution.revision != shared.revision:
         return Verdict(status="rejected", reason=f"revision {contribution.revision}, expected {shared.revision}")
@@ -57,6 +57,9 @@ def examine(reply: Reply, shared: SharedState) -> Verdict:
     update_norm = float(torch.dist(parameters, shared.theta))
     if not math.isfinite(update_norm):
         return Verdict(status="rejected", reason="parameters are not finite")
-    if int(contribution.header["steps"]) < 1 or int(contribution.header["tokens"]) < 1:
+    loss, *counts = (contribution.header[key] for key in FIGURES)
+    if not (type(loss) is float and math.isfinite(loss) and all(type(n) is int and n >= 0 for n in counts)):
+        return Verdict(status="rejected", reason="its figures are not numbers")
+    if 0 in (contribution.header[key] for key in ("steps", "tokens", "examples")):
         return Verdict(status="rejected", reason="no local step was taken")
     return Verdict(status="ok", contribution=contribution, update_norm=update_norm)

@@ -24,7 +24,7 @@ from potluck.errors import Interrupted, TooFewContributors, TrainingError
 from potluck.recipe import Recipe
 from potluck.records.events import EventLog
 from potluck.rounds.evaluation import evaluate_shared
-from potluck.rounds.receiving import examine, in_order
+from potluck.rounds.receiving import FIGURES, examine, in_order
 from potluck.rounds.sampling import asked_by_round
 from potluck.rounds.state import SharedState
 
@@ -90,7 +90,7 @@ def one_round(
             weight = _weight(recipe, header)
             aggregator.accumulate(verdict.contribution.tensors["parameters"], weight)
             contributors, tokens = contributors + 1, tokens + int(header["tokens"])
-            facts |= {"weight": weight, "update_norm": verdict.update_norm, **header}
+            facts |= {"weight": weight, "update_norm": verdict.update_norm, **{key: header[key] for key in FIGURES}}
         log.write(
             "contribution",
             round=number,

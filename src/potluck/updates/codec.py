@@ -2,13 +2,14 @@
 
 Layout (``docs/reference/wire-format.md``): a safetensors file whose metadata hold ``potluck``, a JSON object with
 ``format``, ``message`` (``task`` or ``contribution``), ``kind``, ``revision``, ``header`` and ``sha256``, the
-hash of all tensor bytes in order of the tensors' names. Nothing in it is ever unpickled or evaluated.
+hash of all of these and of every tensor's name, type, shape and bytes. Nothing in it is ever unpickled or evaluated.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -22,13 +23,19 @@ from potluck.errors import TrainingError
 
 FORMAT = 1
 MAX_HEADER_BYTES = 1 << 20
-_DTYPES = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.uint8: "U8", torch.int64: "I64"}
+# In the order in which safetensors lays tensors out.
+_DTYPES = {torch.int64: "I64", torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16", torch.uint8: "U8"}
 
 
 def encode(message: Task | Contribution) -> bytes:
-    """A message as bytes, ``wire_bytes(message)`` of them."""
+    """A message as bytes, ``wire_bytes(message)`` of them.
+
+    Raises:
+        TrainingError: A figure is not finite, or a tensor has a type that is not sent.
+    """
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in message.tensors.items()}
-    return bytes(save(tensors, {"potluck": _header(message, _hash(tensors))}))
+    fields = _fields(message)
+    return bytes(save(tensors, {"potluck": _json({**fields, "sha256": _hash(fields, tensors)})}))
 
 
 def decode(data: bytes, max_bytes: int) -> Task | Contribution:
@@ -47,9 +54,10 @@ def decode(data: bytes, max_bytes: int) -> Task | Contribution:
         header = json.loads(_metadata(data)["potluck"])
         tensors = load(data)
         fields = _checked(header)
-    except (SafetensorError, KeyError, TypeError, ValueError) as error:
+        digest = _hash({key: value for key, value in header.items() if key != "sha256"}, tensors)
+    except (SafetensorError, KeyError, TypeError, ValueError, RecursionError) as error:
         raise TrainingError(f"not a message of format {FORMAT}: {error}") from None
-    if _hash(tensors) != header["sha256"]:
+    if digest != header["sha256"]:
         raise TrainingError("a message's content does not match its hash")
     kind, revision, values = fields
     if header["message"] == "task":
@@ -58,13 +66,15 @@ def decode(data: bytes, max_bytes: int) -> Task | Contribution:
 
 
 def wire_bytes(message: Task | Contribution) -> int:
-    """How many bytes ``encode(message)`` has, without encoding."""
+    """How many bytes ``encode(message)`` has, without encoding; raises what it raises."""
     offset = 0
-    entries: dict[str, Any] = {"__metadata__": {"potluck": _header(message, "0" * 64)}}
-    for name, tensor in sorted(message.tensors.items(), key=lambda item: (-item[1].element_size(), item[0])):
+    entries: dict[str, Any] = {"__metadata__": {"potluck": _json({**_fields(message), "sha256": "0" * 64})}}
+    order = list(_DTYPES.values())
+    typed = sorted((order.index(_type(tensor)), name, tensor) for name, tensor in message.tensors.items())
+    for place, name, tensor in typed:
         size = tensor.numel() * tensor.element_size()
         entries[name] = {
-            "dtype": _DTYPES[tensor.dtype],
+            "dtype": order[place],
             "shape": list(tensor.shape),
             "data_offsets": [offset, offset + size],
         }
@@ -73,17 +83,28 @@ def wire_bytes(message: Task | Contribution) -> int:
     return 8 + (header + 7) // 8 * 8 + offset
 
 
-def _header(message: Task | Contribution, digest: str) -> str:
+def _fields(message: Task | Contribution) -> dict[str, Any]:
     task = isinstance(message, Task)
-    fields = {
+    return {
         "format": FORMAT,
         "message": "task" if task else "contribution",
         "kind": message.kind,
         "revision": message.revision,
         "header": dict(message.parameters if isinstance(message, Task) else message.header),
-        "sha256": digest,
     }
-    return json.dumps(fields, separators=(",", ":"), sort_keys=True)
+
+
+def _json(value: Any) -> str:
+    try:
+        return json.dumps(value, separators=(",", ":"), sort_keys=True, allow_nan=False)
+    except ValueError as error:
+        raise TrainingError(f"a message's figures cannot be sent: {error}") from None
+
+
+def _type(tensor: Tensor) -> str:
+    if tensor.dtype not in _DTYPES:
+        raise TrainingError(f"tensors of {tensor.dtype} cannot be sent")
+    return _DTYPES[tensor.dtype]
 
 
 def _checked(header: Any) -> tuple[str, int, dict[str, Scalar]]:
@@ -94,8 +115,9 @@ def _checked(header: Any) -> tuple[str, int, dict[str, Scalar]]:
         raise ValueError("kind, revision or header has the wrong type")
     if not isinstance(header["sha256"], str):
         raise ValueError("sha256 has the wrong type")
-    if not all(isinstance(value, str | int | float | bool) for value in values.values()):
-        raise ValueError("a header value is not a scalar")
+    for value in values.values():
+        if not isinstance(value, str | int | float) or (isinstance(value, float) and not math.isfinite(value)):
+            raise ValueError("a header value is not a finite scalar")
     return kind, revision, values
 
 
@@ -109,8 +131,9 @@ def _metadata(data: bytes) -> dict[str, str]:
     return metadata
 
 
-def _hash(tensors: Mapping[str, Tensor]) -> str:
-    digest = hashlib.sha256()
+def _hash(fields: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> str:
+    layout = [[name, _type(tensors[name]), list(tensors[name].shape)] for name in sorted(tensors)]
+    digest = hashlib.sha256(_json([fields, layout]).encode())
     for name in sorted(tensors):
         digest.update(tensors[name].reshape(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()
