@@ -29,9 +29,7 @@ def test_the_order_is_random() -> None:
     assert np.bincount(firsts, minlength=5).min() > 140
 
 
-@given(
-    st.integers(2, 400), st.integers(1, 9), st.integers(0, 99), st.lists(st.integers(0, 30), min_size=1, max_size=8)
-)
+@given(st.integers(2, 400), st.integers(1, 9), st.integers(0, 99), st.lists(st.integers(0, 30), min_size=1, max_size=8))
 def test_draws_do_not_depend_on_how_the_cursor_is_cut(tokens: int, length: int, seed: int, cuts: list[int]) -> None:
     batches = Batches(np.arange(tokens, dtype=np.uint16), min(length, tokens - 1), seed)
     cursor, drawn = 3, []

@@ -69,9 +69,7 @@ def test_the_same_text_is_on_the_same_side_everywhere(tmp_path: Path) -> None:
         (tmp_path / name).mkdir()
         for i in range(200):
             (tmp_path / name / f"{order * i + 300}.txt").write_text(f"shared text {i}")
-    recipe = parse_recipe(
-        {"participants": [{"name": name, "source": {"path": str(tmp_path / name)}} for name in "ab"]}
-    )
+    recipe = parse_recipe({"participants": [{"name": name, "source": {"path": str(tmp_path / name)}} for name in "ab"]})
     sides = defaultdict(set)
     for kept in kept_documents(recipe):
         sides[kept.document.text].add(kept.side)

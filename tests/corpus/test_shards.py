@@ -158,7 +158,7 @@ def test_memory_does_not_grow_with_the_text(tmp_path: Path) -> None:
     def peak_mib(mib: int) -> int:
         line = json.dumps({"text": "x" * 4000 + " of a longer text\n" * 2})
         with (tmp_path / f"{mib}.jsonl").open("w") as file:
-            file.writelines(f"{line[:-2]}{i}\"}}\n" for i in range(mib * 255))
+            file.writelines(f'{line[:-2]}{i}"}}\n' for i in range(mib * 255))
         path = tmp_path / f"{mib}.toml"
         path.write_text(
             f'data.shards = "{tmp_path}/shards"\n[[participants]]\nname = "a"\nsource.jsonl = "{mib}.jsonl"\n'

@@ -28,14 +28,23 @@ def names(**keys: Any) -> list[str]:
 
 def test_folder_takes_text_in_path_order_and_leaves_binary_empty_and_hidden_files(tmp_path: Path) -> None:
     for name, content in {
-        "b/z.md": b"z", "a.md": b"a\r\n", "b.md": "ü".encode(), "latin.md": b"\xff\xfe", "zero.md": b"a\0b",
-        "blank.md": b" \n", ".git/config": b"x", "b/c/d.txt": b"d",
+        "b/z.md": b"z",
+        "a.md": b"a\r\n",
+        "b.md": "ü".encode(),
+        "latin.md": b"\xff\xfe",
+        "zero.md": b"a\0b",
+        "blank.md": b" \n",
+        ".git/config": b"x",
+        "b/c/d.txt": b"d",
     }.items():
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_bytes(content)
     found = list(documents(source(path=str(tmp_path))))
     assert [(d.name, d.text, d.group) for d in found] == [
-        ("a.md", "a\r\n", "a.md"), ("b.md", "ü", "b.md"), ("b/c/d.txt", "d", "b"), ("b/z.md", "z", "b"),
+        ("a.md", "a\r\n", "a.md"),
+        ("b.md", "ü", "b.md"),
+        ("b/c/d.txt", "d", "b"),
+        ("b/z.md", "z", "b"),
     ]
     assert names(path=str(tmp_path), glob="b/**/*.txt") == ["b/c/d.txt"]
     assert names(path=str(tmp_path), glob="*.md") == ["a.md", "b.md"]
@@ -85,7 +94,9 @@ def test_json_lines_with_groups(tmp_path: Path) -> None:
     path.write_text("".join(json.dumps({"body": f"text {i}", "who": i % 2}) + "\n" for i in range(3)))
     found = list(documents(source(jsonl=str(path), field="body", group_field="who")))
     assert [(d.name, d.text, d.group) for d in found] == [
-        ("a.jsonl:1", "text 0", "0"), ("a.jsonl:2", "text 1", "1"), ("a.jsonl:3", "text 2", "0"),
+        ("a.jsonl:1", "text 0", "0"),
+        ("a.jsonl:2", "text 1", "1"),
+        ("a.jsonl:3", "text 2", "0"),
     ]
 
 
@@ -94,7 +105,8 @@ def test_separated_file(tmp_path: Path) -> None:
     path.write_text("<<<FILE docs/a.md>>>\n\nfirst\n<<<FILE b.md>>>\n \n<<<FILE c.md>>>\nlast <<<FILE x")
     found = list(documents(source(file=str(path))))
     assert [(d.name, d.text, d.group) for d in found] == [
-        ("docs/a.md", "\nfirst\n", "docs"), ("c.md", "last <<<FILE x", "c.md"),
+        ("docs/a.md", "\nfirst\n", "docs"),
+        ("c.md", "last <<<FILE x", "c.md"),
     ]
     with pytest.raises(CorpusError, match="line 1 is text before any line that starts with '=== '"):
         names(file=str(path), separator="=== ")
