@@ -51,7 +51,7 @@ def _rounds_of(recipe: Recipe) -> dict[str, int]:
 def _solo(recipe: Recipe, rounds: int) -> Recipe:
     """One trainer and no outer step: after each round the shared state is what it reached.
 
-    The learning rate follows the run's own local steps; a run of fewer rounds has its warm-up cut to fit.
+    The learning rate follows the run's own local steps; a run of fewer rounds warms up for the same share of it.
     """
     changed = {
         "count": rounds,
@@ -61,10 +61,7 @@ def _solo(recipe: Recipe, rounds: int) -> Recipe:
         "on_failure": "stop",
     }
     schedule = recipe.local.schedule
-    warmup = schedule.warmup_steps * rounds // recipe.rounds.count  # the same share of a shorter run
-    local = recipe.local.model_copy(update={"schedule": schedule.model_copy(update={"warmup_steps": warmup})})
-    schedule = recipe.local.schedule
-    warmup = min(schedule.warmup_steps, rounds * recipe.local_steps - 1)
+    warmup = schedule.warmup_steps * rounds // recipe.rounds.count
     local = recipe.local.model_copy(update={"schedule": schedule.model_copy(update={"warmup_steps": warmup})})
     solo_rounds = recipe.rounds.model_copy(update=changed)
     return recipe.model_copy(update={"outer": OuterSgd(), "local": local, "rounds": solo_rounds})

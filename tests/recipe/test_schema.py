@@ -14,7 +14,7 @@ from pydantic import BaseModel, ValidationError
 
 from potluck.errors import RecipeError
 from potluck.recipe import Recipe
-from potluck.recipe.load import _tables_in, parse_recipe
+from potluck.recipe.load import parse_recipe, tables_in
 
 Tables = dict[str, Any]
 
@@ -28,7 +28,7 @@ WITHOUT_UNIT = {
 def every_table(table: type[BaseModel] = Recipe) -> Iterator[type[BaseModel]]:
     yield table
     for field in table.model_fields.values():
-        for inner in _tables_in(field.annotation):
+        for inner in tables_in(field.annotation):
             yield from every_table(inner)
 
 
@@ -71,7 +71,7 @@ def test_every_key_says_what_it_is(table: type[BaseModel]) -> None:
         sentence, extra = field.description, field.json_schema_extra
         assert sentence and sentence.endswith(".") and isinstance(extra, dict), name
         counts = any(kind in str(field.annotation) for kind in ("int", "float"))
-        if counts and not _tables_in(field.annotation):
+        if counts and not tables_in(field.annotation):
             assert bool(extra["unit"]) is (name not in WITHOUT_UNIT), name
 
 

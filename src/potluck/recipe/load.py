@@ -58,9 +58,12 @@ def recipe_toml(recipe: Recipe) -> str:
 
 
 def recipe_hash(recipe: Recipe) -> str:
-    """SHA-256 of all that decides a run's numbers: not of where it is written or on what it computes."""
+    """SHA-256 of all that decides a run's numbers: not of where things lie or on what it computes.
+
+    Where text, tokenizer and model lie is left out: a checkpoint names their content.
+    """
     content = recipe.model_dump(mode="json", exclude={"records": True, "compute": True, "data": {"shards"}})
-    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+    return hashlib.sha256(json.dumps(_without_paths(content), sort_keys=True).encode()).hexdigest()
 
 
 def _read(path: Path, children: tuple[Path, ...]) -> dict[str, Any]:
@@ -95,6 +98,12 @@ def _absolute_paths(value: Any, folder: Path, key: str = "") -> Any:
     if isinstance(value, str) and key == "dataset" and (folder / value).exists():
         return str((folder / value).absolute())
     return value
+
+
+def _without_paths(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {k: "" if k in _PATH_KEYS else _without_paths(v) for k, v in value.items()}
+    return [_without_paths(v) for v in value] if isinstance(value, list | tuple) else value
 
 
 def _merge(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
