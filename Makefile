@@ -3,6 +3,7 @@ PYTHON ?= python3
 PROCESSES ?= 2
 RUNS ?= runs
 DEMO ?= full
+POOLED ?=
 PEERS ?=
 
 BIN := .venv/bin
@@ -17,9 +18,9 @@ BENCHMARKS := $(filter-out _%,$(notdir $(basename $(wildcard benchmarks/*.py))))
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' Makefile | sed -E 's/:.*## /\t/' | awk -F '\t' '{printf "  make %-11s %s\n", $$1, $$2}'
 
-demo: .venv/.demo  ## eight participants train one model, each alone for comparison (DEMO=short; RUNS=folder)
+demo: .venv/.demo  ## eight participants train one model, each alone for comparison (DEMO=short; POOLED=1; RUNS=folder)
 	rm -rf '$(RUNS)/$(DEMO_NAME)'
-	$(BIN)/potluck compare recipes/$(DEMO_NAME).toml --set 'records.folder=$(RUNS)/{name}'
+	$(BIN)/potluck compare recipes/$(DEMO_NAME).toml --set 'records.folder=$(RUNS)/{name}' $(if $(POOLED),,--no-pooled)
 	@echo 'The report: $(abspath $(RUNS))/$(DEMO_NAME)/report.html'
 
 test: .venv/.dev  ## run the tests (PROCESSES=2)

@@ -201,7 +201,7 @@ def _records(both: Both, saves: int) -> list[Measurement]:
     """A checkpoint holds shared state and all moments, hashed and forced to disk."""
     log = both.run.log
     facts = dict.fromkeys(("weight", "loss", "steps", "tokens", "update_norm", "cursor", "epoch", "up_bytes"), 1.0)
-    checkpoints = [1e3 * seconds(lambda: both.run._save(None)) for _ in range(saves)]
+    checkpoints = [1e3 * seconds(lambda: both.run.save(None)) for _ in range(saves)]
     events = [1e3 * seconds(lambda: log.write("contribution", round=1, status="ok", **facts)) for _ in range(100)]
     log.close()
     return [

@@ -119,10 +119,10 @@ class Run:
                 self.log.write("run_resumed", round=self.shared.revision)
             else:
                 self.log.write("run_started", **self._description())
-                self._save(evaluate_shared(engine, self.shared, self.log))
+                self.save(evaluate_shared(engine, self.shared, self.log))
             mean = WeightedMean(self.shared.theta.numel())
             trainers = self.variant.trainers
-            run_rounds(self.recipe, trainers, engine, mean, self.shared, self.log, self._save, stop_requested)
+            run_rounds(self.recipe, trainers, engine, mean, self.shared, self.log, self.save, stop_requested)
             self.log.write(
                 "run_finished",
                 rounds=self.shared.revision,
@@ -147,7 +147,7 @@ class Run:
             self.recipe.seed,
         )
 
-    def _save(self, score: float | None) -> None:
+    def save(self, score: float | None) -> None:
         """Checkpoint everything; ``score`` is the union's held-out bits per byte, if just measured."""
         number, digest = self.shared.revision, state_hash(self.shared.theta)
         if score is not None and (self.best is None or score < self.best[0]):
