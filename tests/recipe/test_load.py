@@ -242,7 +242,7 @@ def test_a_file_that_extends_is_written_without_it(recipe_file: Path) -> None:
 @pytest.mark.parametrize(
     "item",
     ["records.folder=x", "records.keep_last=9", "records.checkpoint_every=2", "compute.device=cuda",
-     "compute.threads=3", "compute.compile=true", "data.shards=elsewhere"],
+     "compute.threads=3", "compute.compile=true", "data.shards=elsewhere", "participants.0.source={path='x'}"],
 )  # fmt: skip
 def test_where_and_on_what_leave_the_hash(recipe_file: Path, item: str) -> None:
     assert recipe_hash(load_recipe(recipe_file, (item,))) == recipe_hash(load_recipe(recipe_file))
@@ -252,7 +252,7 @@ def test_where_and_on_what_leave_the_hash(recipe_file: Path, item: str) -> None:
     "item",
     ["seed=1", "rounds.count=4", "local.optimizer={kind='adamw', beta2=0.999}", "model.layers=2", "outer={kind='yogi'}",
      "data.validation_bytes=999", "tokenizer={kind='bpe'}", "participants.0.name=bea",
-     "participants.0.source={path='x'}", "rounds.on_failure=stop"],
+     "participants.0.source={package='x'}", "rounds.on_failure=stop"],
 )  # fmt: skip
 def test_all_else_changes_the_hash(recipe_file: Path, item: str) -> None:
     assert recipe_hash(load_recipe(recipe_file, (item,))) != recipe_hash(load_recipe(recipe_file))
