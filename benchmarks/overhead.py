@@ -9,6 +9,7 @@ the loss read each step. Both run in turn in one process.
 
 from __future__ import annotations
 
+import shutil
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
@@ -201,7 +202,10 @@ def _records(both: Both, saves: int) -> list[Measurement]:
     """A checkpoint holds shared state and all moments, hashed and forced to disk."""
     log = both.run.log
     facts = dict.fromkeys(("weight", "loss", "steps", "tokens", "update_norm", "cursor", "epoch", "up_bytes"), 1.0)
-    checkpoints = [1e3 * seconds(lambda: both.run.save(None)) for _ in range(saves)]
+    checkpoints = []
+    for _ in range(saves):
+        checkpoints.append(1e3 * seconds(lambda: both.run.save(None)))
+        shutil.rmtree(both.run.folder / "checkpoints")
     events = [1e3 * seconds(lambda: log.write("contribution", round=1, status="ok", **facts)) for _ in range(100)]
     log.close()
     return [

@@ -148,11 +148,6 @@ def main() -> None:
         app()
     except PotluckError as error:
         sys.exit(_failed(str(error), error.hint, error.exit_code))
-    except KeyboardInterrupt:
-        sys.exit(_failed("nothing was being trained yet", "", 130))
-    except BrokenPipeError:  # the reader of our output went away
-        sys.stderr.close()
-        sys.exit(141)
 
 
 def _failed(message: str, hint: str, code: int) -> int:

@@ -22,7 +22,7 @@ from potluck.corpus.tokenizer import (
     save_vocabulary,
 )
 from potluck.errors import CheckpointError, Interrupted, MissingExtra, RecipeError, RunFolderError, StorageError
-from potluck.files import write_text
+from potluck.files import storing, write_text
 from potluck.local.evaluate import negative_log_likelihood
 from potluck.local.generate import generate as continue_text
 from potluck.models.build import build_model, load_folder
@@ -37,7 +37,7 @@ from potluck.records.curves import read_comparison, read_run, summary_table
 from potluck.records.folder import POOLED, Variant, create_run, locked, open_run, run_folder
 from potluck.records.live import view
 from potluck.records.report import write_report
-from potluck.rounds.evaluation import held_out
+from potluck.rounds.evaluation import held_out, union_of
 from potluck.run import Run, Workplace, check_identity, environment, finished, history, newest_checkpoint, prepare
 from potluck.stopping import Stopping
 
@@ -115,8 +115,8 @@ def generate(source: Path, prompt: str, *, max_tokens: int, temperature: float, 
 def export(folder: Path, to: Path | None, number: int | None, best: bool) -> Result:
     """Write the run's model as a folder for `transformers`."""
     folder = _single_run(folder)
-    if to is not None and to.exists() and any(to.iterdir()):
-        raise StorageError(f"{to}: not empty", "name a new folder")
+    if to is not None and to.exists() and (not to.is_dir() or any(to.iterdir())):
+        raise StorageError(f"{to}: there is something here already", "name a new folder")
     return {"model": str(_export(folder, to or folder / "model", number, best))}
 
 
@@ -166,7 +166,7 @@ def _resumable(folder: Path, console: Console) -> Iterator[Stopping]:
     """Where Ctrl-C and SIGTERM end in how to go on."""
     hint = f"potluck resume {folder}"
     try:
-        with Stopping(console.print) as stopping:
+        with Stopping() as stopping:
             yield stopping
     except Interrupted as stop:
         raise Interrupted(str(stop), hint) from None
@@ -180,6 +180,8 @@ def _run(
     """Start or continue one run, shown live; a finished one is left as it is."""
     if number is None and finished(planned.folder):
         return
+    if stopping():
+        raise Interrupted(f"before {prefix or 'the first round'}")
     checkpoint = newest_checkpoint(planned.folder, number)
     past = history(planned.folder, checkpoint)
     if past and past[0]["environment"] != environment(workplace.network):
@@ -188,6 +190,7 @@ def _run(
         )
     with view(console, planned.recipe.name, prefix, past) as listener:
         run = Run(workplace, planned.variant, planned.folder, planned.recipe, (listener,), checkpoint)
+        del checkpoint, past  # the run has copied what it needs
         save_vocabulary(workplace.corpus.vocabulary, planned.folder / "tokenizer")
         run.finish(stopping)
 
@@ -208,9 +211,13 @@ def _restore(folder: Path, number: int | None, best: bool) -> _Restored:
     """
     recipe, _ = open_run(folder)
     vocabulary = load_vocabulary(folder / "tokenizer")
-    checkpoint = load_checkpoint(folder / "checkpoints", number)
-    if best and checkpoint.facts["best"] is not None and checkpoint.facts["best"][1] != checkpoint.round:
-        checkpoint = load_checkpoint(folder / "checkpoints", int(checkpoint.facts["best"][1]))
+    if best and number is not None:
+        raise RecipeError("--best and --round both choose a checkpoint: give one of them")
+    checkpoint = load_checkpoint(folder / "checkpoints", number, only="shared")
+    if best and checkpoint.facts["best"] is None:
+        raise CheckpointError(f"{folder}: no evaluation was complete, so no checkpoint is the best")
+    if best and checkpoint.facts["best"][1] != checkpoint.round:
+        checkpoint = load_checkpoint(folder / "checkpoints", int(checkpoint.facts["best"][1]), only="shared")
     if checkpoint.facts["tokenizer"] != vocabulary.content_hash:
         raise CheckpointError(f"{folder}/tokenizer: not the tokenizer this checkpoint was trained with")
     model = build_model(recipe.model, vocabulary.size, vocabulary.end_of_text, recipe.seed)
@@ -233,27 +240,26 @@ def _held_out(workplace: Workplace) -> Result:
         stream, size = holding.validation.tokens, holding.validation.text_bytes
         nats, tokens = negative_log_likelihood(workplace.network, stream, workplace.recipe.local.sequence_length)
         results[name] = held_out(nats, tokens, size)
-    union = held_out(*(sum(r[key] for r in results.values()) for key in ("nats", "tokens", "bytes")))
-    return {"participants": results, "union": union}
+    return {"participants": results, "union": union_of(results)}
 
 
 def _export(folder: Path, to: Path, number: int | None, best: bool) -> Path:
     """Write the model folder beside its place, then move it there."""
     restored = _restore(folder, number, best)
+    recipe, vocabulary = restored.recipe, restored.vocabulary
+    base = recipe.model.path if isinstance(recipe.model, ModelFolder) else None
+    record = read_run(folder, restored.checkpoint.facts["events_position"])
     partial = to.with_name(f".{to.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    export_folder(
-        restored.model,
-        restored.recipe.tokenizer,
-        restored.vocabulary.tokenizer,
-        restored.vocabulary.end_of_text,
-        partial,
-    )
-    base = restored.recipe.model.path if isinstance(restored.recipe.model, ModelFolder) else None
-    write_text(partial / "README.md", model_card(read_run(folder), recipe_toml(restored.recipe), base))
-    write_text(partial / "recipe.toml", recipe_toml(restored.recipe))
-    shutil.rmtree(to, ignore_errors=True)
-    partial.rename(to)
+    with storing(to):
+        try:
+            shutil.rmtree(partial, ignore_errors=True)
+            export_folder(restored.model, recipe.tokenizer, vocabulary.tokenizer, vocabulary.end_of_text, partial)
+            write_text(partial / "README.md", model_card(record, recipe_toml(recipe), base))
+            write_text(partial / "recipe.toml", recipe_toml(recipe))
+            shutil.rmtree(to, ignore_errors=True)
+            partial.rename(to)
+        finally:
+            shutil.rmtree(partial, ignore_errors=True)
     return to
 
 

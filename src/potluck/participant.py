@@ -69,8 +69,12 @@ class Participant:
         shared = task.tensors["parameters"]
         if shared.shape != self.network.flat.vector.shape:
             raise TrainingError(f"{self.name}: a shared state of shape {tuple(shared.shape)} does not fit the model")
-        self.network.flat.vector.copy_(shared)
-        return _TASKS[task.kind](self, task)
+        try:
+            self.network.flat.vector.copy_(shared)
+            return _TASKS[task.kind](self, task)
+        except (RuntimeError, MemoryError, IndexError) as error:  # what torch raises, out of memory above all
+            reason = (str(error).splitlines() or [type(error).__name__])[0]
+            raise TrainingError(f"{self.name} could not {task.kind}: {reason}") from error
 
 
 def new_state(network: Network, optimizer: InnerOptimizer) -> LocalState:
@@ -92,8 +96,7 @@ def train(participant: Participant, task: Task) -> Contribution:
     if not recipe.local.keep_optimizer:
         state.moments.zero_()
         state.optimizer_steps = 0
-    moments = state.moments.to(network.device)  # on the CPU the very same vector
-    participant.optimizer.bind(moments, state.optimizer_steps)
+    participant.optimizer.bind(state.moments, state.optimizer_steps)
     _seed_dropout(network.device, seed_of(recipe.seed, participant.name, first))
     try:
         report = local_steps(
@@ -102,12 +105,11 @@ def train(participant: Participant, task: Task) -> Contribution:
             recipe.local,
             lambda _: _draw(participant),
             (rate_factor(schedule, step, total) for step in range(first, first + steps)),
-            anchor=task.tensors["parameters"].to(network.device),
+            anchor=task.tensors["parameters"].to(network.device) if recipe.local.proximal else None,
         )
     finally:  # what a failing participant has done stays done
         state.optimizer_steps = participant.optimizer.steps
-        if moments is not state.moments:
-            state.moments.copy_(moments)
+        participant.optimizer.release(state.moments)
     state.tokens += report.tokens
     return Contribution(
         kind="train",
@@ -142,7 +144,8 @@ def _seed_dropout(device: torch.device, seed: int) -> None:
     """``torch.manual_seed`` where it counts; that one also formats a traceback for every backend not yet in use."""
     torch.default_generator.manual_seed(seed)
     if device.type == "cuda":
-        torch.cuda.manual_seed(seed)
+        with torch.cuda.device(device):
+            torch.cuda.manual_seed(seed)
 
 
 def _draw(participant: Participant) -> list[Tensor]:

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from potluck.corpus.sources import text_bytes
-from potluck.errors import CorpusError, ModelError, RecipeError
-from potluck.models.shapes import context_length, parameter_count, shape_of
+from potluck.errors import CorpusError, ModelError
+from potluck.models.shapes import check_context, parameter_count, shape_of
 from potluck.recipe import Recipe
 from potluck.recipe.schema import AdamW, Bpe, Bytes, Muon, OuterAdagrad, OuterAdam, OuterNesterov, OuterYogi
 from potluck.records.folder import POOLED
@@ -65,11 +65,7 @@ def forecast(recipe: Recipe) -> Forecast:
     texts = _texts(recipe)
     vocabulary = _vocabulary_size(recipe)
     parameters = parameter_count(recipe.model, vocabulary)
-    context = context_length(recipe.model)
-    if recipe.local.sequence_length > context:
-        raise RecipeError(
-            f"local.sequence_length {recipe.local.sequence_length}: the model's context is {context} tokens"
-        )
+    check_context(recipe.model, recipe.local.sequence_length)
     local, asked = recipe.local, recipe.asked_per_round
     tokens_per_round = asked * recipe.local_steps * recipe.tokens_per_step
     epochs = _epochs(recipe, texts)
@@ -131,6 +127,10 @@ def _vocabulary_size(recipe: Recipe) -> int:
                 tokenizer = json.loads(path.read_text(encoding="utf-8"))
                 ids = list(tokenizer["model"]["vocab"])
                 return max(len(ids), 1 + max((t["id"] for t in tokenizer.get("added_tokens", ())), default=0))
+            except FileNotFoundError:  # a tokenizer in an older form, which only transformers reads
+                from potluck.corpus.tokenizer import folder_vocabulary
+
+                return folder_vocabulary(Path(table.path)).size
             except (OSError, ValueError, KeyError, TypeError) as error:
                 raise ModelError(f"{path}: not a Hugging Face tokenizer ({error})") from None
 
@@ -199,6 +199,8 @@ def _warnings(recipe: Recipe, epochs: float | None) -> Iterator[str]:
         yield f"each participant passes over its own text about {epochs:.0f} times: expect it to be learnt by heart"
     if not recipe.local.keep_optimizer and not _moments(recipe.local.optimizer):
         yield "local.keep_optimizer has no effect: this optimizer has no state"
+    if shape_of(recipe.model) is None:
+        yield "memory of activations is not estimated for a model folder"
     if recipe.data.split is not None and recipe.data.split.participants == 1:
         yield "data.split with one participant divides nothing"
     if POOLED in names:

@@ -17,14 +17,15 @@ import potluck
 from potluck.aggregation.mean import WeightedMean
 from potluck.aggregation.outer import init_outer
 from potluck.contribution import ParticipantInfo
-from potluck.corpus.batches import Batches
+from potluck.corpus.batches import Batches, documents_drawn
 from potluck.corpus.shards import Corpus, Holding, build_corpus
 from potluck.engine.inprocess import InProcess
 from potluck.errors import CheckpointError
-from potluck.local.network import Network, place
+from potluck.local.network import Network, device_named, place
 from potluck.local.optimizers import InnerOptimizer
 from potluck.models.build import build_model, embeddings
 from potluck.models.flat import state_hash
+from potluck.models.shapes import check_context
 from potluck.participant import LocalState, Participant, new_state, seed_of
 from potluck.recipe import Recipe, recipe_hash
 from potluck.records.checkpoint import (
@@ -36,7 +37,7 @@ from potluck.records.checkpoint import (
     step_back,
 )
 from potluck.records.events import SCHEMA, Event, EventLog, Listener, read_events
-from potluck.records.folder import Variant
+from potluck.records.folder import Variant, open_run
 from potluck.rounds.evaluation import evaluate_shared
 from potluck.rounds.state import SharedState
 from potluck.rounds.sync import run_rounds
@@ -64,6 +65,8 @@ def prepare(recipe: Recipe, say: Callable[[str], None]) -> Workplace:
     """
     if recipe.compute.threads:
         torch.set_num_threads(recipe.compute.threads)
+    device_named(recipe.compute.device)  # before any slow work
+    check_context(recipe.model, recipe.local.sequence_length)
     corpus = build_corpus(recipe, say)
     vocabulary = corpus.vocabulary
     model = build_model(recipe.model, vocabulary.size, vocabulary.end_of_text, recipe.seed)
@@ -228,6 +231,14 @@ def finished(folder: Path) -> bool:
     """Whether the run in a folder is done."""
     path = folder / "events.jsonl"
     return path.exists() and any(event["event"] == "run_finished" for event in read_events(path))
+
+
+def documents_trained_on(folder: Path, name: str) -> list[str]:
+    """Names of the documents of which a participant of a run has drawn tokens, up to the newest checkpoint."""
+    recipe, _ = open_run(folder)
+    holding = build_corpus(recipe).holdings[name]
+    checkpoint = load_checkpoint(folder / "checkpoints", only="shared")
+    return documents_drawn(holding.train, _batches(recipe, holding), checkpoint.facts["participants"][name]["cursor"])
 
 
 def check_identity(workplace: Workplace, checkpoint: Checkpoint, folder: Path) -> None:

@@ -2,21 +2,15 @@
 
 from __future__ import annotations
 
+import os
 import signal
-from collections.abc import Callable
 from types import FrameType, TracebackType
 
 
 class Stopping:
-    """A context in which the first signal asks the run to stop after its round, and the second interrupts it.
+    """A context in which the first signal asks the run to stop after its round, and the second interrupts it."""
 
-    Args:
-        say: Told what will happen, once, at the first signal.
-    """
-
-    def __init__(self, say: Callable[[str], None]) -> None:
-        self._say = say
-        self._requested = False
+    _requested = False
 
     def __call__(self) -> bool:
         """Whether a stop was requested."""
@@ -36,4 +30,5 @@ class Stopping:
         if self._requested:
             raise KeyboardInterrupt
         self._requested = True
-        self._say("stopping after this round; once more stops at once and goes back to the last checkpoint")
+        # Not through the console: the signal may have come while that was writing.
+        os.write(2, b"\nstopping after this round; once more stops at once, back at the last checkpoint\n")

@@ -318,5 +318,5 @@ def test_an_export_replaces_nothing_else(
 ) -> None:
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "thesis.txt").write_text("all of it")
-    one_error(potluck("export", done, "--to", "mine", code=8), "mine: not empty")
+    one_error(potluck("export", done, "--to", "mine", code=8), "mine: there is something here already")
     assert (tmp_path / "mine" / "thesis.txt").read_text() == "all of it"

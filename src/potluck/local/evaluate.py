@@ -8,6 +8,7 @@ import torch
 from potluck.local.network import Network, token_losses
 
 _TOKENS_PER_BATCH = 8192
+_LOGITS_PER_BATCH = 1 << 28  # 1 GiB in fp32
 
 
 def negative_log_likelihood(network: Network, stream: np.ndarray, sequence_length: int) -> tuple[float, int]:
@@ -27,7 +28,8 @@ def negative_log_likelihood(network: Network, stream: np.ndarray, sequence_lengt
     pieces = []
     if rows:
         whole = np.lib.stride_tricks.sliding_window_view(stream, sequence_length + 1)[::sequence_length]
-        at_once = max(1, _TOKENS_PER_BATCH // sequence_length)
+        tokens_at_once = min(_TOKENS_PER_BATCH, _LOGITS_PER_BATCH // network.model.config.vocab_size)
+        at_once = max(1, tokens_at_once // sequence_length)
         pieces = [whole[start : start + at_once] for start in range(0, rows, at_once)]
     rest = stream[rows * sequence_length :]
     if len(rest) > 1:

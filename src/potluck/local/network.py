@@ -20,7 +20,7 @@ class Network:
     """A model whose parameters are views of one flat vector; participants take turns in it.
 
     Attributes:
-        autocast: The local steps run in bf16 where that is safe; parameters and moments stay fp32.
+        autocast: Forward passes run in bf16 where that is safe; parameters and moments stay fp32.
     """
 
     model: PreTrainedModel
@@ -39,7 +39,7 @@ def place(model: PreTrainedModel, compute: Compute) -> Network:
     Raises:
         RecipeError: The device does not exist.
     """
-    device = _device(compute.device)
+    device = device_named(compute.device)
     flat = flatten(model, device)
     if compute.gradient_checkpointing:
         model.activation_checkpointing_enable()
@@ -66,7 +66,12 @@ def host_vector(size: int, device: torch.device) -> Tensor:
     return torch.zeros(size, dtype=torch.float32, pin_memory=device.type == "cuda")
 
 
-def _device(name: str) -> torch.device:
+def device_named(name: str) -> torch.device:
+    """The recipe's ``compute.device``.
+
+    Raises:
+        RecipeError: There is no such device.
+    """
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:

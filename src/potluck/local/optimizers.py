@@ -16,8 +16,9 @@ _Group = dict[str, object]
 class InnerOptimizer:
     """AdamW, Muon with AdamW, or SGD over the model's parameters.
 
-    Its moments are views of a flat vector that belongs to a participant: ``bind`` swaps participants by
-    pointing at another vector, and a checkpoint of that vector and a step count is complete.
+    Its moments are views of one flat vector. On the CPU that vector belongs to a participant, and ``bind`` swaps
+    participants by pointing at another; on a GPU it is a buffer, and moments are copied in and out of host memory.
+    A checkpoint of a participant's vector and step count is complete.
 
     Args:
         table: The recipe's ``local.optimizer``.
@@ -37,18 +38,26 @@ class InnerOptimizer:
         for state, count in zip(counted, self._counts.unbind(), strict=True):
             state["step"] = count
         self.steps = 0
+        device = flat.vector.device
+        self._buffer = None if device.type == "cpu" else torch.empty(self.size, device=device)
 
     def bind(self, moments: Tensor, steps: int) -> None:
         """Continue from a participant's moments.
 
         Args:
-            moments: fp32 ``(size,)`` on the parameters' device; steps write into it.
+            moments: fp32 ``(size,)`` in host memory; steps write into it, on a GPU at ``release``.
             steps: Optimizer steps behind them (AdamW's bias correction).
         """
         self.steps = steps
         self._counts.fill_(steps)
-        for (state, slot, parameter), view in zip(self._slots, moments.split(self._sizes), strict=True):
+        vector = moments if self._buffer is None else self._buffer.copy_(moments)
+        for (state, slot, parameter), view in zip(self._slots, vector.split(self._sizes), strict=True):
             state[slot] = view.view_as(parameter)
+
+    def release(self, moments: Tensor) -> None:
+        """Write what the steps since ``bind`` have made of the moments back to where they came from."""
+        if self._buffer is not None:
+            moments.copy_(self._buffer)
 
     def step(self, rate: float) -> None:
         """One step at ``rate`` times the peak learning rate."""

@@ -40,7 +40,7 @@ def local_steps(
     settings: Local,
     batches_of_step: Callable[[int], list[Tensor]],
     rates: Iterable[float],
-    anchor: Tensor,
+    anchor: Tensor | None,
 ) -> StepReport:
     """Train the network in place, one local step for each rate.
 
@@ -48,7 +48,7 @@ def local_steps(
         batches_of_step: The i-th step's batches, int64 ``(batch, length + 1)``; their gradients are averaged.
         rates: Learning rate of each step as a fraction of its peak.
         anchor: The shared state at the start of the round, for FedProx (arXiv 1812.06127):
-            ``g <- g + rho (theta_i - theta)``.
+            ``g <- g + rho (theta_i - theta)``; ``None`` leaves it out.
 
     Raises:
         NotFinite: More than ``settings.max_skipped_steps`` steps in a row had a non-finite loss or gradient.
@@ -59,7 +59,7 @@ def local_steps(
     for index, rate in enumerate(rates):
         batches = batches_of_step(index)
         loss = _accumulate_gradients(network, batches)
-        if settings.proximal:
+        if anchor is not None and settings.proximal:
             _add_proximal_gradient(network, anchor, settings.proximal)
         norm = _clip(network, settings.clip_norm)
         if not (math.isfinite(loss) and math.isfinite(norm)):
@@ -84,7 +84,7 @@ def _accumulate_gradients(network: Network, batches: list[Tensor]) -> float:
     network.model.zero_grad(set_to_none=True)
     total = 0.0
     for batch in batches:
-        loss = token_losses(network, batch.to(network.device, non_blocking=True), "mean") / len(batches)
+        loss = token_losses(network, batch.to(network.device), "mean") / len(batches)
         loss.backward()
         total += float(loss.detach())
     return total
@@ -92,8 +92,8 @@ def _accumulate_gradients(network: Network, batches: list[Tensor]) -> float:
 
 def _add_proximal_gradient(network: Network, anchor: Tensor, rho: float) -> None:
     for parameter, start in zip(network.flat.parameters, network.flat.views(anchor), strict=True):
-        assert parameter.grad is not None
-        parameter.grad.add_(parameter.detach() - start, alpha=rho)
+        if parameter.grad is not None:
+            parameter.grad.add_(parameter.detach() - start, alpha=rho)
 
 
 def _clip(network: Network, max_norm: float) -> float:

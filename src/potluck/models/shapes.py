@@ -7,7 +7,7 @@ import math
 from pathlib import Path
 from typing import Any
 
-from potluck.errors import ModelError
+from potluck.errors import ModelError, RecipeError
 from potluck.recipe.schema import Model, ModelFolder, Preset, Shape
 
 # `35m` has the layers, heads and width of the 35M model of arXiv 2503.09799, `125m` those of Photon's 125M model
@@ -59,6 +59,17 @@ def context_length(model: Model) -> int:
     assert isinstance(model, ModelFolder)
     config = folder_config(Path(model.path))
     return int(config.get("max_position_embeddings") or config.get("n_positions") or 1 << 30)
+
+
+def check_context(model: Model, sequence_length: int) -> None:
+    """Refuse sequences longer than the model is declared for.
+
+    Raises:
+        RecipeError: naming both lengths.
+    """
+    context = context_length(model)
+    if sequence_length > context:
+        raise RecipeError(f"local.sequence_length {sequence_length}: the model's context is {context} tokens")
 
 
 def folder_config(folder: Path) -> dict[str, Any]:

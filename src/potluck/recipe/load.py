@@ -102,8 +102,12 @@ def _absolute_paths(value: Any, folder: Path, key: str = "") -> Any:
 
 def _without_paths(value: Any) -> Any:
     if isinstance(value, dict):
-        return {k: "" if k in _PATH_KEYS else _without_paths(v) for k, v in value.items()}
+        return {k: "" if _is_path(k, v) else _without_paths(v) for k, v in value.items()}
     return [_without_paths(v) for v in value] if isinstance(value, list | tuple) else value
+
+
+def _is_path(key: str, value: Any) -> bool:
+    return key in _PATH_KEYS or (key == "dataset" and Path(str(value)).is_absolute())
 
 
 def _merge(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:

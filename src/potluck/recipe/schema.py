@@ -261,9 +261,9 @@ Outer = Annotated[OuterSgd | OuterNesterov | OuterAdam | OuterYogi | OuterAdagra
 class Compute(Table):
     """What the local steps run on. It does not change the algorithm."""
 
-    device: str = setting("auto", "`auto`, `cpu`, `cuda` or `cuda:N`.")
+    device: str = setting("auto", "`auto`, `cpu`, `cuda` or `cuda:N`.", pattern=r"^(auto|cpu|cuda(:[0-9]+)?)$")
     precision: Literal["auto", "fp32", "bf16"] = setting(
-        "auto", "Autocast of the local steps; `auto` is bf16 on a GPU and fp32 elsewhere."
+        "auto", "Autocast of forward passes; `auto` is bf16 on a GPU and fp32 elsewhere."
     )
     threads: int = setting(0, "CPU threads; 0 leaves the choice to torch.", unit="threads", ge=0)
     compile: bool = setting(False, "Run the model through `torch.compile`.")

@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -58,8 +59,7 @@ def save_checkpoint(folder: Path, number: int, facts: Mapping[str, Any], parts: 
         state = partial / "state.json"
         state.write_text(json.dumps({"format": FORMAT, "round": number, "facts": facts, "sha256": hashes}, indent=1))
         _sync_and_hash(state)
-        if final.exists():
-            shutil.rmtree(final)
+        _sync_folder(partial)
         partial.rename(final)
         _sync_folder(folder)
     except (OSError, SafetensorError) as error:
@@ -69,8 +69,8 @@ def save_checkpoint(folder: Path, number: int, facts: Mapping[str, Any], parts: 
         ) from None
 
 
-def load_checkpoint(folder: Path, number: int | None = None) -> Checkpoint:
-    """Read the newest checkpoint below ``folder``, or that of round ``number``.
+def load_checkpoint(folder: Path, number: int | None = None, only: str | None = None) -> Checkpoint:
+    """Read the newest checkpoint below ``folder``, or that of round ``number``; all parts, or ``only`` one.
 
     Raises:
         CheckpointError: There is none, or it is damaged; the message names the file and the others there are.
@@ -90,6 +90,8 @@ def load_checkpoint(folder: Path, number: int | None = None) -> Checkpoint:
             raise CheckpointError(f"{path}: format {state['format']}, this potluck reads {FORMAT}")
         parts = {}
         for part, digest in state["sha256"].items():
+            if only not in (None, part):
+                continue
             file = path / f"{part}.safetensors"
             if _hash(file) != digest:
                 raise CheckpointError(f"{file}: damaged: its content does not match its hash", hint)
@@ -101,7 +103,8 @@ def load_checkpoint(folder: Path, number: int | None = None) -> Checkpoint:
 
 def list_checkpoints(folder: Path) -> list[int]:
     """Rounds of the whole checkpoints below ``folder``, ascending."""
-    return sorted(int(path.name.removeprefix("round-")) for path in folder.glob("round-[0-9]*"))
+    names = (re.fullmatch(r"round-(\d+)", path.name) for path in folder.glob("round-*"))
+    return sorted(int(name[1]) for name in names if name)
 
 
 def prune_checkpoints(folder: Path, keep_last: int, best: int | None) -> None:
@@ -109,6 +112,8 @@ def prune_checkpoints(folder: Path, keep_last: int, best: int | None) -> None:
     for number in list_checkpoints(folder)[:-keep_last]:
         if number != best:
             _remove(folder, number)
+    for leftover in folder.glob(".partial-*"):  # of a process that was killed
+        shutil.rmtree(leftover, ignore_errors=True)
 
 
 def step_back(folder: Path, number: int) -> None:

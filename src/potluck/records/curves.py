@@ -184,8 +184,8 @@ def is_comparison(folder: Path) -> bool:
     )
 
 
-def read_run(folder: Path) -> RunRecord:
-    """Read a run folder's events, also of a run that goes on or was killed.
+def read_run(folder: Path, end: int | None = None) -> RunRecord:
+    """Read a run folder's events, up to byte ``end`` of the log, also of a run that goes on or was killed.
 
     Raises:
         RunFolderError: The folder is not that of a run, or of a later version of potluck.
@@ -195,7 +195,7 @@ def read_run(folder: Path) -> RunRecord:
     if not path.is_file():
         raise RunFolderError(f"{folder}: not a run folder: it has no events.jsonl", "name a folder of `potluck train`")
     kinds: dict[str, list[Event]] = {}
-    for event in read_events(path):
+    for event in read_events(path, end):
         kinds.setdefault(str(event["event"]), []).append(event)
     if "run_started" not in kinds:
         raise RunFolderError(f"{folder}: the run has not started yet", "wait for its first round")
@@ -318,6 +318,7 @@ def _run_record(name: str, started: Event, kinds: Mapping[str, list[Event]]) -> 
     rounds = tuple(_record(RoundRecord, event) for event in kinds.get("round", ()))
     tokens = {record.round: record.total_tokens for record in rounds}
     ends = kinds.get("run_finished", ())
+    saved = kinds.get("checkpoint", ())
     given = dict(started)
     given |= {
         "name": name,
@@ -329,7 +330,7 @@ def _run_record(name: str, started: Event, kinds: Mapping[str, list[Event]]) -> 
         "evaluations": tuple(_evaluation(event, tokens) for event in kinds.get("evaluation", ())),
         "resumed": len(kinds.get("run_resumed", ())),
         "finished": bool(ends),
-        "state_hash": ends[-1]["state_hash"] if ends else "",
+        "state_hash": saved[-1]["state_hash"] if saved else "",
         "seconds": ends[-1]["seconds"] if ends else 0.0,
     }
     return _record(RunRecord, given)

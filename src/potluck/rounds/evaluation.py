@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from typing import Any
 
 from potluck.contribution import Task
@@ -10,6 +11,8 @@ from potluck.engine.protocol import Engine
 from potluck.records.events import EventLog
 from potluck.rounds.receiving import in_order
 from potluck.rounds.state import SharedState
+
+_SUMS = {"nats", "tokens", "bytes"}
 
 
 def evaluate_shared(engine: Engine, shared: SharedState, log: EventLog) -> float | None:
@@ -26,15 +29,18 @@ def evaluate_shared(engine: Engine, shared: SharedState, log: EventLog) -> float
     transfers: dict[str, dict[str, int]] = {}
     for reply in in_order(engine, sent):
         transfers[reply.participant] = {"down_bytes": reply.down_bytes, "up_bytes": reply.up_bytes}
-        header = reply.contribution.header if reply.contribution else {}
-        if not header:
+        answer = reply.contribution
+        header = answer.header if answer is not None else {}
+        if answer is None:
             missing[reply.participant] = reply.reason
+        elif (answer.kind, answer.revision) != (task.kind, task.revision) or not header.keys() >= _SUMS:
+            missing[reply.participant] = "not an evaluation of this state"
         elif not math.isfinite(float(header["nats"])):
             missing[reply.participant] = "the loss is not finite"
         else:
             results[reply.participant] = held_out(float(header["nats"]), int(header["tokens"]), int(header["bytes"]))
     complete = bool(results) and not missing
-    union = held_out(*(sum(r[key] for r in results.values()) for key in ("nats", "tokens", "bytes")))
+    union = union_of(results)
     log.write(
         "evaluation",
         round=shared.revision,
@@ -45,6 +51,12 @@ def evaluate_shared(engine: Engine, shared: SharedState, log: EventLog) -> float
         seconds=engine.now() - began,
     )
     return float(union["bits_per_byte"]) if complete else None
+
+
+def union_of(results: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+    """The held-out loss on all texts as one."""
+    nats, tokens, text_bytes = (sum(r[key] for r in results.values()) for key in ("nats", "tokens", "bytes"))
+    return held_out(nats, tokens, text_bytes)
 
 
 def held_out(nats: float, tokens: int, text_bytes: int) -> dict[str, Any]:

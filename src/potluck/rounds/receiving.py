@@ -14,6 +14,7 @@ from potluck.engine.protocol import Engine
 from potluck.errors import TrainingError
 from potluck.rounds.state import SharedState
 
+_MAX_REASON = 1000  # characters that go into the event log
 FIGURES = ("loss", "steps", "skipped_steps", "tokens", "examples", "cursor", "epoch")
 
 
@@ -40,11 +41,15 @@ def in_order(engine: Engine, sent: Mapping[TaskId, str]) -> Iterator[Reply]:
         yield early.pop(awaited)
 
 
-def examine(reply: Reply, shared: SharedState) -> Verdict:
-    """Check what a participant sent before it touches shared state: schema, revision, shape, finite values."""
+def examine(reply: Reply, shared: SharedState, steps: int) -> Verdict:
+    """Check what a participant sent before it touches shared state: schema, revision, shape, finite values.
+
+    Args:
+        steps: Local steps that were asked for; one who says it took more is rejected.
+    """
     contribution = reply.contribution
     if contribution is None:
-        return Verdict(status="failed", reason=reply.reason)
+        return Verdict(status="failed", reason=reply.reason[:_MAX_REASON])
     parameters = contribution.tensors.get("parameters")
     if contribution.kind != "train" or parameters is None or any(key not in contribution.header for key in FIGURES):
         return Verdict(status="rejected", reason="not an update")
@@ -60,6 +65,8 @@ def examine(reply: Reply, shared: SharedState) -> Verdict:
     loss, *counts = (contribution.header[key] for key in FIGURES)
     if not (type(loss) is float and math.isfinite(loss) and all(type(n) is int and n >= 0 for n in counts)):
         return Verdict(status="rejected", reason="its figures are not numbers")
+    if int(contribution.header["steps"]) > steps:
+        return Verdict(status="rejected", reason=f"{contribution.header['steps']} local steps, {steps} were asked for")
     if 0 in (contribution.header[key] for key in ("steps", "tokens", "examples")):
         return Verdict(status="rejected", reason="no local step was taken")
     return Verdict(status="ok", contribution=contribution, update_norm=update_norm)

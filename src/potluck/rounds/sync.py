@@ -83,7 +83,7 @@ def one_round(
     aggregator.init()
     contributors = tokens = 0
     for reply in in_order(engine, sent):
-        verdict = examine(reply, shared)
+        verdict = examine(reply, shared, steps)
         facts: dict[str, object] = {"reason": verdict.reason}
         if verdict.contribution is not None:
             header = verdict.contribution.header
