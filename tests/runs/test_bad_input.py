@@ -84,10 +84,13 @@ def test_a_checkpoint_of_another_recipe(
     assert final_hash(halfway) == kept.final
 
 
-def test_a_recipe_that_changes_only_where_it_computes(potluck: Potluck, halfway: Path) -> None:
+def test_a_recipe_that_changes_only_where_it_computes(
+    potluck: Potluck, kept: Kept, halfway: Path, final_hash: Callable[[Path], str]
+) -> None:
     recipe = halfway / "recipe.toml"
     recipe.write_text(recipe.read_text().replace("threads = 0", "threads = 1"))
     potluck("resume", halfway)
+    assert final_hash(halfway) == kept.final
 
 
 def test_a_checkpoint_of_another_run(potluck: Potluck, kept: Kept, halfway: Path, recipe_file: Path) -> None:

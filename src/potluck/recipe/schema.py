@@ -7,9 +7,10 @@ Unknown keys are refused. A recipe is frozen: what a run did is what its recipe 
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, model_validator
+from pydantic import Discriminator, Field, Tag, model_validator
 
 from potluck.recipe.sources import Data, Participant
 from potluck.recipe.table import Table, setting
@@ -285,10 +286,8 @@ class Records(Table):
     keep_best: bool = setting(True, "Also keep the one with the lowest held-out loss.")
 
 
-class Recipe(BaseModel):
+class Recipe(Table):
     """One run."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
     version: Literal[1] = setting(1, "Version of the recipe format.")
     name: str = setting("run", "Name of the run: letters, digits, `.`, `_`, `-`.")
@@ -363,7 +362,7 @@ class Recipe(BaseModel):
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 
 
-def _contradictions(recipe: Recipe) -> Any:
+def _contradictions(recipe: Recipe) -> Iterator[str]:
     """Sentences that say which keys contradict each other."""
     names = recipe.participant_names
     for name in (recipe.name, *names):
