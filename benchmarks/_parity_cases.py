@@ -6,7 +6,7 @@ import json
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,8 +21,8 @@ from potluck.records.folder import POOLED, Variant
 from potluck.run import Run, prepare
 
 PACKAGES = ("stdlib", "torch", "transformers", "numpy", "sympy", "networkx", "pydantic", "pip")
-DATA_PARALLEL, DILOCO, LONG_ROUNDS = "data-parallel", "DiLoCo", "DiLoCo, 2.5H"
-STREAMING = "Streaming DiLoCo, 2.5H, P = 5"
+START_RATE = 4e-3  # the best of 2e-3, 4e-3, 8e-3 from random weights
+DATA_PARALLEL, DILOCO, STREAMING = "data-parallel", "DiLoCo", "Streaming DiLoCo, P = 5"
 Table = dict[str, Any]
 
 
@@ -36,6 +36,8 @@ class Size:
         period: Local steps between two exchanges of the same parameters, H.
         rounds: Exchanges of all parameters.
         grid: (participants, split, methods, seeds) that are run.
+        best_rates: Learning rates of the methods that do better with another than the others'.
+        start_steps: Steps that one party made before, on other documents of the same kind; all cases go on from there.
         text: JSON lines to train on; ``None`` is source code of eight installed packages.
     """
 
@@ -50,7 +52,9 @@ class Size:
     text_bytes: int = 450_000
     held_out_bytes: int = 32_000
     learning_rate: float = 4e-3
-    warmup_steps: int = 100
+    best_rates: dict[str, float] = field(default_factory=dict)
+    warmup_steps: int = 50
+    start_steps: int = 0
     evaluations: int = 10
     compute: Table = field(default_factory=lambda: {"device": "cpu", "threads": 1, "compile": True})
 
@@ -75,19 +79,17 @@ INT8, INT4 = {"kind": "quantize", "bits": 8, "block": 256}, {"kind": "quantize",
 SPARSE = ({"kind": "block-top-k", "k": 64, "block": 4096}, {"kind": "quantize", "bits": 2, "block": 64})
 NESTEROV = {"kind": "nesterov", "learning_rate": 0.5, "momentum": 0.5}
 SPARSELOCO = ({"kind": "error-feedback", "decay": 0.95}, *SPARSE)
-LOW_RANK = ({"kind": "error-feedback"}, {"kind": "low-rank", "rank": 4}, INT4)
+LOW_RANK = ({"kind": "error-feedback"}, {"kind": "low-rank", "rank": 8}, INT4)
 METHODS: dict[str, Method] = {
     DATA_PARALLEL: Method(every_step=True),
     "FedAvg": Method(outer={"kind": "sgd"}),
     DILOCO: Method(outer=NESTEROV),
     "DiLoCo int8": Method(outer=NESTEROV, links=(INT8,)),
     "DiLoCo int4": Method(outer=NESTEROV, links=(INT4,)),
+    STREAMING: Method(outer=NESTEROV, fragments=5, mixing=0.0),
     "SparseLoCo": Method(outer={"kind": "sgd"}, links=SPARSELOCO),
-    LONG_ROUNDS: Method(outer=NESTEROV, period=2.5),
-    STREAMING: Method(outer=NESTEROV, period=2.5, fragments=5, mixing=0.0),
-    "DiLoCo int4, 5H, twice the tokens": Method(outer=NESTEROV, links=(INT4,), period=5, tokens=2),
     "PowerSGD int4": Method(outer=NESTEROV, links=LOW_RANK),
-    "PowerSGD int4, 2.5H, twice the tokens": Method(outer=NESTEROV, links=LOW_RANK, period=2.5, tokens=2),
+    "DiLoCo, 20H, twice the tokens": Method(outer=NESTEROV, period=20, tokens=2),
 }
 
 
@@ -149,11 +151,11 @@ def recipe_of(size: Size, case: Case, folder: Path) -> Recipe:
                 "shards": str(folder / "shards"),
             },
             "tokenizer": size.tokenizer,
-            "model": size.model,
+            "model": {"path": str(start_of(size, folder))} if size.start_steps else size.model,
             "local": {
                 "batch_size": size.batch // case.participants,
                 "sequence_length": size.length,
-                "optimizer": {"kind": "adamw", "learning_rate": size.learning_rate},
+                "optimizer": {"kind": "adamw", "learning_rate": size.best_rates.get(case.method, size.learning_rate)},
                 "schedule": {"kind": "cosine", "warmup_steps": size.warmup_steps},
                 **method.local,
             },
@@ -171,19 +173,47 @@ def recipe_of(size: Size, case: Case, folder: Path) -> Recipe:
     )
 
 
-def text_of(size: Size, folder: Path) -> Path:
-    """Source code of eight packages, each a group, as one file of documents."""
-    path = folder / f"text-{size.text_bytes}.jsonl"
+def start_of(size: Size, folder: Path) -> Path:
+    """A model that one party has trained on other documents of the same packages."""
+    path = folder / f"start-{size.start_steps}"
+    if not path.exists():
+        alone = replace(
+            size,
+            start_steps=0,
+            period=10,
+            rounds=size.start_steps // 10,
+            learning_rate=START_RATE,
+            text=str(text_of(size, folder, skip=1)),
+        )
+        recipe = recipe_of(alone, Case(method="FedAvg", participants=1, split="iid", seed=0), folder)
+        workplace = prepare(recipe, lambda _: None)
+        with tempfile.TemporaryDirectory() as scratch:
+            run = Run(workplace, Variant("together", recipe.participant_names), Path(scratch), recipe)
+            run.finish(lambda: False)
+        workplace.network.flat.vector.copy_(run.shared.theta)
+        workplace.network.model.save_pretrained(path.with_suffix(".partial"))
+        path.with_suffix(".partial").rename(path)
+    return path.absolute()
+
+
+def text_of(size: Size, folder: Path, skip: int = 0) -> Path:
+    """Source code of eight packages, each a group, as one file of documents.
+
+    Args:
+        skip: So many times the text that another file holds comes before this file's.
+    """
+    path = folder / f"text-{size.text_bytes}-{skip}.jsonl"
     if not path.exists():
         rows = []
         for package in PACKAGES:
-            taken = 0
+            taken = -skip * size.text_bytes
             for document in documents(Package(package=package, order="shuffled")):
                 if taken >= size.text_bytes:
                     break
                 text = document.text[: size.text_bytes // 40]
+                if taken >= 0:
+                    rows.append(json.dumps({"text": text, "group": package}))
                 taken += len(text.encode())
-                rows.append(json.dumps({"text": text, "group": package}))
         folder.mkdir(parents=True, exist_ok=True)
         path.write_text("\n".join(rows) + "\n", encoding="utf-8")
     return path
@@ -237,7 +267,7 @@ def _outcome(case: Case, recipe: Recipe, told: Sequence[Event], seconds: float) 
 # --- sizes -----------------------------------------------------------------------------------------
 
 ALL = tuple(METHODS)
-SOME = (DATA_PARALLEL, DILOCO, "SparseLoCo")
+SOME = (DATA_PARALLEL, DILOCO, "DiLoCo int4", "SparseLoCo", "PowerSGD int4")
 SIZES = {
     "short": Size(
         batch=4,
@@ -256,7 +286,11 @@ SIZES = {
         batch=32,
         length=64,
         period=10,
-        rounds=400,
+        rounds=100,
+        learning_rate=2e-3,
+        best_rates={DATA_PARALLEL: 1e-3},
+        start_steps=2000,
+        evaluations=20,
         grid=((4, "iid", ALL, 3), (2, "iid", SOME, 3), (8, "iid", SOME, 3), (4, "groups", SOME, 3)),
     ),
 }

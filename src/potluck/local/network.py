@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import warnings
 from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import dataclass
 
@@ -44,11 +46,21 @@ def place(model: PreTrainedModel, compute: Compute) -> Network:
     if compute.gradient_checkpointing:
         model.activation_checkpointing_enable()
     if compute.compile:
-        with suppress(ImportError):  # before torch's compiling threads import it at once, and now and then fail
-            import setuptools  # noqa: F401
+        _import_setuptools()
         model.compile()
     autocast = compute.precision == "bf16" or (compute.precision == "auto" and device.type == "cuda")
     return Network(model, flat, device, autocast)
+
+
+def _import_setuptools() -> None:
+    """Before torch's compiling threads import it at once; beside the interpreter's `distutils`, not in its place.
+
+    Taking its place, which is setuptools' default, fails now and then with an assertion.
+    """
+    os.environ.setdefault("SETUPTOOLS_USE_DISTUTILS", "stdlib")
+    with suppress(ImportError), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        import setuptools  # noqa: F401
 
 
 def token_losses(network: Network, tokens: Tensor, reduction: str) -> Tensor:
