@@ -20,7 +20,7 @@ from typing import Any, NoReturn
 
 import torch
 
-_PACKAGES = ("potluck", "torch", "transformers", "tokenizers", "numpy", "flwr")
+_PACKAGES = ("potluck", "torch", "transformers", "tokenizers", "numpy", "flwr", "torchft-nightly")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -88,6 +88,7 @@ METHODS: dict[str, Method] = {
     "DiLoCo int4": Method(outer=NESTEROV, links=(INT4,)),
     STREAMING: Method(outer=NESTEROV, fragments=5, mixing=0.0),
     "SparseLoCo": Method(outer={"kind": "sgd"}, links=SPARSELOCO),
+    "SparseLoCo, 1.5 times the tokens": Method(outer={"kind": "sgd"}, links=SPARSELOCO, tokens=1.5),
     "PowerSGD int4": Method(outer=NESTEROV, links=LOW_RANK),
     "DiLoCo, 20H, twice the tokens": Method(outer=NESTEROV, period=20, tokens=2),
 }
@@ -146,8 +147,8 @@ def recipe_of(size: Size, case: Case, folder: Path) -> Recipe:
             "data": {
                 "source": {"jsonl": size.text or str(text_of(size, folder)), "group_field": "group"},
                 "split": {"participants": case.participants, "how": case.split},
-                "validation_fraction": 0.05,
-                "validation_bytes": size.held_out_bytes // case.participants,
+                "validation_fraction": 0.05 * max(1, case.participants / 4),
+                "validation_bytes": size.held_out_bytes // min(case.participants, 4),  # room for whole documents
                 "shards": str(folder / "shards"),
             },
             "tokenizer": size.tokenizer,

@@ -133,7 +133,7 @@ def markdown(rows: Sequence[Row]) -> str:
 
 def _spread(values: Sequence[float], form: str) -> str:
     mean = form.format(statistics.mean(values))
-    return f"{mean} ± {statistics.stdev(values):.4f}" if len(values) > 1 else mean
+    return f"{mean} ± {form.format(statistics.stdev(values)).lstrip('+')}" if len(values) > 1 else mean
 
 
 # --- targets ---------------------------------------------------------------------------------------
@@ -163,11 +163,14 @@ def judged(found: Sequence[Outcome], peers: Sequence[Measurement]) -> list[Measu
 def _claims(found: Sequence[Outcome], rows: Sequence[Row]) -> Iterator[Measurement]:
     four = {row.method: row for row in rows if (row.participants, row.split) == (4, "iid")}
     low = {method: row for method, row in four.items() if method != DATA_PARALLEL}
-    if not low:
+    if DILOCO not in low:
         return
-    best = min(low.values(), key=lambda row: statistics.mean(row.gaps))
+    equal = [row for row in low.values() if METHODS[row.method].tokens == 1]
+    best = min(equal, key=lambda row: statistics.mean(row.gaps))
     gaps = [100 * gap for gap in best.gaps]
-    yield measured(f"best of few bytes ({best.method}): loss over data-parallel", gaps, "%", at_most=2.0)
+    yield measured(
+        f"best of few bytes at equal tokens ({best.method}): loss over data-parallel", gaps, "%", at_most=2.0
+    )
     for kind, wanted, target in (("DiLoCo", False, 100), ("sparse or quantised", True, 1000)):
         savings = {
             method: statistics.median(kept)

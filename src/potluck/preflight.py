@@ -195,7 +195,9 @@ def _sizes(messages: Messages) -> tuple[list[int], list[int]]:
 def _activations(recipe: Recipe, vocabulary: int) -> int:
     """About what one forward pass keeps for the backward pass: a rough estimate."""
     shape = shape_of(recipe.model)
-    tokens = recipe.local.batch_size * recipe.local.sequence_length
+    adaptive = recipe.local.adaptive_batch
+    batch = adaptive.max_batch_size if adaptive else recipe.local.batch_size
+    tokens = batch * recipe.local.sequence_length
     if shape is None:
         return 0
     per_layer = 12 * shape.width + 4 * shape.feedforward
@@ -211,10 +213,16 @@ def _moments(optimizer: object) -> int:
 
 
 def _participant_vectors(recipe: Recipe) -> int:
-    """fp32 vectors in a participant's host memory: moments, residual, own parameters, copy of the shared state."""
+    """fp32 vectors in a participant's host memory: moments, residual, own parameters, copy of the shared state.
+
+    Streams have moments each; of several, their start and their mean are kept beside what is being trained.
+    """
+    adaptive = recipe.local.adaptive_batch
+    streams = adaptive.streams if adaptive else 1
     whole_each_time = isinstance(recipe.updates.download, FullDownload) and recipe.fragments == 1
     return (
-        _moments(recipe.local.optimizer)
+        _moments(recipe.local.optimizer) * streams
+        + 2 * (streams > 1)
         + any(isinstance(link, ErrorFeedback) for link in recipe.updates.links)
         + (recipe.rounds.streaming is not None)
         + (not whole_each_time)
