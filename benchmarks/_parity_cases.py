@@ -13,12 +13,12 @@ from typing import Any
 from benchmarks import _measure
 from potluck.comparison import planned_runs
 from potluck.corpus.sources import documents
+from potluck.embedded import embedded_run, prepare
 from potluck.recipe import Recipe
 from potluck.recipe.load import parse_recipe
 from potluck.recipe.sources import Package
 from potluck.records.events import Event
 from potluck.records.folder import POOLED, Variant
-from potluck.run import Run, prepare
 
 PACKAGES = ("stdlib", "torch", "transformers", "numpy", "sympy", "networkx", "pydantic", "pip")
 START_RATE = 4e-3  # the best of 2e-3, 4e-3, 8e-3 from random weights
@@ -189,7 +189,7 @@ def start_of(size: Size, folder: Path) -> Path:
         recipe = recipe_of(alone, Case(method="FedAvg", participants=1, split="iid", seed=0), folder)
         workplace = prepare(recipe, lambda _: None)
         with tempfile.TemporaryDirectory() as scratch:
-            run = Run(workplace, Variant("together", recipe.participant_names), Path(scratch), recipe)
+            run = embedded_run(workplace, Variant("together", recipe.participant_names), Path(scratch), recipe)
             run.finish(lambda: False)
         workplace.network.flat.vector.copy_(run.shared.theta)
         workplace.network.model.save_pretrained(path.with_suffix(".partial"))
@@ -230,7 +230,7 @@ def run_case(size: Size, case: Case, folder: Path) -> Outcome:
         planned = [run for run in planned_runs(recipe, folder, True) if run.folder.name == POOLED]
         recipe, variant = planned[0].recipe, planned[0].variant
     with tempfile.TemporaryDirectory() as scratch:
-        run = Run(workplace, variant, Path(scratch), recipe, (told.append,))
+        run = embedded_run(workplace, variant, Path(scratch), recipe, (told.append,))
         run.finish(lambda: False)
     return _outcome(case, recipe, told, time.monotonic() - began)
 

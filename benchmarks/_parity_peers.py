@@ -14,12 +14,12 @@ from safetensors.torch import load_file
 
 from benchmarks.peers._job import Job, Result, write_job
 from potluck.corpus.batches import Batches
+from potluck.embedded import Workplace, prepare
 from potluck.local.evaluate import negative_log_likelihood
 from potluck.recipe import Recipe
 from potluck.recipe.local import AdamW, Cosine
 from potluck.recipe.schema import OuterNesterov, OuterSgd
 from potluck.recipe.seeds import seed_of
-from potluck.run import Workplace, prepare
 
 PYTHON = Path(".venv-peers/bin/python")
 PEERS = ("torchft_diloco", "flower_fedavg", "ddp")

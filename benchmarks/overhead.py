@@ -25,6 +25,7 @@ from benchmarks._measure import Measurement, main, measured, paired, seconds
 from potluck.aggregation.mean import WeightedMean
 from potluck.contribution import Contribution, ParticipantInfo, Task
 from potluck.corpus.tokenizer import Vocabulary
+from potluck.embedded import Embedded, embedded_run, prepare
 from potluck.engine.inprocess import InProcess
 from potluck.models.build import build_model
 from potluck.participant import Participant
@@ -34,7 +35,6 @@ from potluck.recipe.local import AdamW
 from potluck.recipe.schedules import rate_factor
 from potluck.records.folder import Variant
 from potluck.rounds.sync import one_round
-from potluck.run import Run, prepare
 from potluck.updates.codec import wire_bytes
 
 PLAIN = "plain PyTorch loop"
@@ -114,8 +114,9 @@ class Both:
     def __init__(self, recipe: Recipe, folder: Path) -> None:
         workplace = prepare(recipe, lambda _: None)
         self.recipe = recipe
-        self.run = Run(workplace, Variant("together", recipe.participant_names), folder, recipe)
-        self.participants: dict[str, Participant] = self.run.participants
+        self.run = embedded_run(workplace, Variant("together", recipe.participant_names), folder, recipe)
+        assert isinstance(self.run.side, Embedded)
+        self.participants: dict[str, Participant] = self.run.side.participants
         self.loops = {
             name: PlainLoop(recipe, workplace.corpus.vocabulary, participant.batches[0])
             for name, participant in self.participants.items()

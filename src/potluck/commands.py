@@ -21,6 +21,7 @@ from potluck.corpus.tokenizer import (
     load_vocabulary,
     save_vocabulary,
 )
+from potluck.embedded import Workplace, embedded_run, environment, identity, prepare
 from potluck.errors import CheckpointError, Interrupted, MissingExtra, RecipeError, RunFolderError, StorageError
 from potluck.files import storing, write_text
 from potluck.local.evaluate import negative_log_likelihood
@@ -38,7 +39,7 @@ from potluck.records.folder import POOLED, Variant, create_run, locked, open_run
 from potluck.records.live import view
 from potluck.records.report import write_report
 from potluck.rounds.evaluation import held_out, union_of
-from potluck.run import Run, Workplace, check_identity, environment, finished, history, newest_checkpoint, prepare
+from potluck.run import check_identity, finished, history, newest_checkpoint
 from potluck.stopping import Stopping
 
 Result = dict[str, Any]
@@ -88,7 +89,7 @@ def evaluate(folder: Path, console: Console, model: Path | None, number: int | N
         return {"model": str(model), **_held_out(workplace)}
     restored = _restore(folder, number, best)
     workplace = prepare(restored.recipe, console.print)
-    check_identity(workplace, restored.checkpoint, folder)
+    check_identity(identity(workplace), restored.checkpoint, folder)
     workplace.network.flat.vector.copy_(restored.checkpoint.parts["shared"]["theta"])
     return {"model": str(folder), "round": restored.checkpoint.round, **_held_out(workplace)}
 
@@ -189,7 +190,7 @@ def _run(
             "[yellow]warning:[/] versions, device or threads changed: the last bits may differ", highlight=False
         )
     with view(console, planned.recipe.name, prefix, past) as listener:
-        run = Run(workplace, planned.variant, planned.folder, planned.recipe, (listener,), checkpoint)
+        run = embedded_run(workplace, planned.variant, planned.folder, planned.recipe, (listener,), checkpoint)
         del checkpoint, past  # the run has copied what it needs
         save_vocabulary(workplace.corpus.vocabulary, planned.folder / "tokenizer")
         run.finish(stopping)

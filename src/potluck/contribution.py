@@ -6,9 +6,9 @@ same types: a new capability is a new ``kind`` of task with one function on eith
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 if TYPE_CHECKING:  # the control plane runs without torch
     from torch import Tensor
@@ -17,7 +17,8 @@ ParticipantId = str
 TaskId = int
 Scalar = str | int | float | bool
 Header = Mapping[str, Scalar]
-ReplyStatus = Literal["ok", "failed"]
+Fields = dict[str, Any]
+ReplyStatus = Literal["ok", "late", "failed", "rejected"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,12 +30,16 @@ class Task:
         revision: Outer steps behind the shared state in ``tensors``.
         parameters: The function's arguments: JSON scalars only.
         tensors: The shared state the participant starts from.
+        state: SHA-256 of that state, where participants are elsewhere; it names the task together with the above.
+        seconds: How long an answer is waited for; ``None`` is for ever.
     """
 
     kind: str
     revision: int
     parameters: Header = field(default_factory=dict)
     tensors: Mapping[str, Tensor] = field(default_factory=dict)
+    state: str = ""
+    seconds: float | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,10 +65,12 @@ class Reply:
     """How a task ended.
 
     Attributes:
-        status: ``ok`` with a contribution, or ``failed`` with a reason.
+        status: ``ok`` with a contribution; ``failed`` with the participant's reason; ``rejected`` with the engine's,
+            if what came is not what was signed or announced; ``late`` if nothing came in time.
         down_bytes: Bytes of the task as serialised, sent to the participant.
         up_bytes: Bytes of the contribution as serialised, sent to the coordinator.
         seconds: Engine time from sending the task to receiving the reply.
+        lasting: The contribution's tensors are nobody's working memory.
     """
 
     task: TaskId
@@ -74,6 +81,25 @@ class Reply:
     down_bytes: int = 0
     up_bytes: int = 0
     seconds: float = 0.0
+    lasting: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class Packed:
+    """A message as bytes: what it says beside its tensors, and these as the payload.
+
+    Attributes:
+        fields: JSON; with a payload they name its size and SHA-256.
+        parts: The payload, one buffer after the other: views of the tensors, not copies.
+    """
+
+    fields: Fields
+    parts: Sequence[memoryview] = ()
+
+    @property
+    def size(self) -> int:
+        """Bytes of the payload."""
+        return sum(part.nbytes for part in self.parts)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -86,7 +112,7 @@ class ParticipantInfo:
 
 def kept(reply: Reply) -> Reply:
     """A reply that outlives its participant's next task: its tensors are copied out of working memory."""
-    if reply.contribution is None:
+    if reply.contribution is None or reply.lasting:
         return reply
     tensors = {name: tensor.clone() for name, tensor in reply.contribution.tensors.items()}
     return replace(reply, contribution=replace(reply.contribution, tensors=tensors))

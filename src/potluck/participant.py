@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -14,10 +14,11 @@ from potluck.corpus.batches import Batches
 from potluck.corpus.shards import Shard
 from potluck.errors import TrainingError
 from potluck.local.evaluate import negative_log_likelihood
-from potluck.local.network import Network, host_vector
+from potluck.local.network import Network
 from potluck.local.optimizers import InnerOptimizer
 from potluck.local.steps import StepReport, joined, local_steps
-from potluck.local.streams import AdaptiveState, new_streams, stream_steps
+from potluck.local.streams import AdaptiveState, stream_steps
+from potluck.local_state import LocalState
 from potluck.recipe import Recipe
 from potluck.recipe.schedules import rate_factor
 from potluck.recipe.schema import OuterNesterov
@@ -25,36 +26,7 @@ from potluck.recipe.seeds import seed_of
 from potluck.recipe.updates import Streaming
 from potluck.updates.download import absorb
 from potluck.updates.fragments import Fragment
-from potluck.updates.links import State, link_of, pack
-
-
-@dataclass
-class LocalState:
-    """What a participant keeps between rounds; with the recipe and its text it determines all it will do.
-
-    Attributes:
-        moments: The inner optimizer's moments, flat fp32 in host memory.
-        optimizer_steps: Steps behind the moments.
-        cursor: Sequences drawn from each of its batches.
-        tokens: Tokens it has trained on.
-        links: For each fragment, what the links keep: above all the residual of error feedback.
-        own: Its own parameters where it does not start each round from the shared ones (streaming, eager).
-        pending: First and number of the local steps that may go on while its last update travels.
-        adaptive: Batch sizes and moments of an adaptive batch's streams, in place of ``moments``.
-        merged: Revision of the shared state that is already mixed into ``own``.
-        shared: The shared state, and below which revision; not saved, it comes again after a resume.
-    """
-
-    moments: Tensor
-    optimizer_steps: int = 0
-    cursor: int = 0
-    tokens: int = 0
-    links: tuple[State, ...] = ()
-    own: Tensor | None = None
-    pending: tuple[int, int] = (0, 0)
-    merged: int = 0
-    adaptive: AdaptiveState | None = None
-    shared: Tensor | None = field(default=None, repr=False)
+from potluck.updates.links import link_of, pack
 
 
 @dataclass(frozen=True)
@@ -94,18 +66,15 @@ class Participant:
             reason = (str(error).splitlines() or [type(error).__name__])[0]
             raise TrainingError(f"{self.name} could not {task.kind}: {reason}") from error
 
-
-def new_state(
-    network: Network, optimizer: InnerOptimizer, recipe: Recipe, fragments: tuple[Fragment, ...]
-) -> LocalState:
-    """The state of a participant that has done nothing yet."""
-    link = link_of(recipe.updates.links)
-    links = tuple(link.init(fragment.layout) for fragment in fragments)
-    table = recipe.local.adaptive_batch
-    if table is None:
-        return LocalState(host_vector(optimizer.size, network.device), links=links)
-    streams = new_streams(recipe.local, table, optimizer.size, network.device)
-    return LocalState(torch.empty(0), links=links, adaptive=streams)
+    def go_ahead(self) -> None:
+        """Take the local steps that may go on while the last update travels; without this the next task takes them."""
+        state, vector = self.state, self.network.flat.vector
+        if state.pending[1] and state.ahead is None:
+            assert state.own is not None
+            vector.copy_(state.own)
+            with _bound_optimizer(self):
+                report = _steps(self, *state.pending)
+            state.ahead = (report, vector.to("cpu", copy=True))
 
 
 def train(participant: Participant, task: Task, shared: Tensor) -> Contribution:
@@ -139,8 +108,7 @@ def stream(participant: Participant, task: Task, shared: Tensor) -> Contribution
     assert isinstance(recipe.rounds.streaming, Streaming)
     vector.copy_(shared if state.own is None else state.own)
     with _bound_optimizer(participant):
-        overlapped = _steps(participant, *state.pending)
-        state.pending = (0, 0)
+        overlapped = _overlapped(participant)
         for place in _changed(state.merged, task.revision, len(participant.fragments)):
             fragment = participant.fragments[place]
             theirs = fragment.take(shared).to(vector.device)
@@ -169,7 +137,7 @@ def eager(participant: Participant, task: Task, shared: Tensor) -> Contribution:
     start = shared if state.own is None else state.own
     vector.copy_(start)
     with _bound_optimizer(participant):
-        overlapped = _steps(participant, *state.pending)
+        overlapped = _overlapped(participant)
         rest = _steps(participant, int(task.parameters["first_step"]), int(task.parameters["steps"]))
     delta = start - vector.cpu()
     tensors = _packed(participant, task, delta)
@@ -205,6 +173,18 @@ def _steps(participant: Participant, first: int, count: int, anchor: Tensor | No
     rates = (rate_factor(recipe.local.schedule, s, recipe.total_local_steps) for s in range(first, first + count))
     report = local_steps(network, participant.optimizer, recipe.local, lambda _: _draw(participant), rates, anchor)
     participant.state.tokens += report.tokens
+    return report
+
+
+def _overlapped(participant: Participant) -> StepReport:
+    """The steps while the last update travelled: those that were taken then, or else now."""
+    state = participant.state
+    if state.ahead is None:
+        report = _steps(participant, *state.pending)
+    else:
+        report, reached = state.ahead
+        participant.network.flat.vector.copy_(reached)
+    state.pending, state.ahead = (0, 0), None
     return report
 
 

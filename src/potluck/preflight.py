@@ -134,7 +134,7 @@ def _texts(recipe: Recipe) -> dict[str, int | None]:
         texts = {}
         for participant in recipe.participants:
             try:
-                texts[participant.name] = text_bytes(participant.source)
+                texts[participant.name] = None if participant.source is None else text_bytes(participant.source)
             except CorpusError as error:
                 raise CorpusError(f"participant {participant.name}: {error}", error.hint) from None
     needed = recipe.local.batch_size * recipe.local.accumulation * recipe.local.sequence_length

@@ -15,10 +15,10 @@ import potluck
 from docs import _generate
 from potluck import errors
 from potluck.cli import main
+from potluck.embedded import embedded_run, prepare
 from potluck.preflight import forecast
 from potluck.recipe import load_recipe
 from potluck.records.folder import Variant
-from potluck.run import Run, prepare
 
 ROOT = Path(__file__).parents[2]
 PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md")])
@@ -146,7 +146,7 @@ def test_a_recipe_can_be_run(path: Path, tmp_path: Path) -> None:
     rounds = load_recipe(path).fragments  # each of them once
     recipe = load_recipe(path, [*small(path), f"rounds.count={rounds}", f"data.shards={tmp_path / 'shards'}"])
     variant = Variant("together", recipe.participant_names)
-    run = Run(prepare(recipe, lambda _: None), variant, tmp_path, recipe)
+    run = embedded_run(prepare(recipe, lambda _: None), variant, tmp_path, recipe)
     run.finish(lambda: False)
     assert run.shared.revision == rounds
 

@@ -17,8 +17,9 @@ from potluck.corpus.batches import Batches
 from potluck.engine.inprocess import InProcess, Perform
 from potluck.local.network import Network, place
 from potluck.local.optimizers import InnerOptimizer
+from potluck.local_state import new_state
 from potluck.models.build import build_model, embeddings
-from potluck.participant import Participant, new_state
+from potluck.participant import Participant
 from potluck.recipe import Recipe
 from potluck.recipe.load import parse_recipe
 from potluck.recipe.sources import Profile

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import pickle
 
@@ -9,7 +10,6 @@ import pytest
 import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
-from safetensors.torch import save
 
 from potluck.contribution import Contribution, Task
 from potluck.errors import TrainingError
@@ -89,7 +89,7 @@ def test_every_flipped_bit_is_noticed() -> None:
 
 def test_every_cut_and_every_addition_is_noticed() -> None:
     for damaged in [*(DATA[:length] for length in range(len(DATA))), DATA + b"\0", b"\0" + DATA, DATA + DATA]:
-        with pytest.raises(TrainingError, match="not a message of format 1"):
+        with pytest.raises(TrainingError, match="not a message of format 2"):
             decode(damaged, LIMIT)
 
 
@@ -99,13 +99,31 @@ def test_too_large_is_refused_unread() -> None:
         decode(DATA, len(DATA) - 1)
 
 
-def file_of(header: object, tensors: dict[str, torch.Tensor] | None = None) -> bytes:
-    return bytes(save(tensors or {}, {"potluck": json.dumps(header)}))
+def file_of(fields: object, payload: bytes = b"") -> bytes:
+    """Any fields, with the hash that they should have."""
+    if isinstance(fields, dict):
+        fields = {**fields, "sha256": hashlib.sha256(canonical(fields)).hexdigest()}
+    text = canonical(fields)
+    return len(text).to_bytes(8, "little") + text + payload
 
 
-EMPTY = {"format": 1, "message": "task", "kind": "train", "revision": 0, "header": {}, "sha256": "0" * 64}
+def canonical(fields: object) -> bytes:
+    return json.dumps(fields, separators=(",", ":"), sort_keys=True).encode()
+
+
+def with_payload(payload: bytes) -> bytes:
+    named = {"bytes": len(payload), "sha256": hashlib.sha256(payload).hexdigest()}
+    return file_of({**EMPTY, "payload": named}, payload)
+
+
+def claiming(entry: object) -> bytes:
+    header = json.dumps({"x": entry}).encode()
+    return with_payload(len(header).to_bytes(8, "little") + header)
+
+
+EMPTY = {"format": 2, "message": "task", "kind": "train", "revision": 0, "header": {}}
 STRANGE = {
-    "another format": file_of({**EMPTY, "format": 2}),
+    "another format": file_of({**EMPTY, "format": 1}),
     "another message": file_of({**EMPTY, "message": "reply"}),
     "kind is a number": file_of({**EMPTY, "kind": 3}),
     "revision is true": file_of({**EMPTY, "revision": True}),
@@ -114,10 +132,18 @@ STRANGE = {
     "a list in the header": file_of({**EMPTY, "header": {"steps": [1]}}),
     "NaN in the header": file_of({**EMPTY, "header": {"loss": float("nan")}}),
     "the header is a list": file_of([EMPTY]),
-    "the hash is a number": file_of({**EMPTY, "sha256": 0}),
-    "no header": bytes(save({"x": torch.zeros(2)})),
-    "a huge header": (1 << 62).to_bytes(8, "little") + b"{}" * 100,
-    "a header over the bound": file_of({**EMPTY, "header": {"x": "y" * codec.MAX_HEADER_BYTES}}),
+    "a field too many": file_of({**EMPTY, "sender": "ada"}),
+    "a payload that is not named": file_of(EMPTY, b"more"),
+    "a payload that is missing": file_of({**EMPTY, "payload": {"bytes": 4, "sha256": "0" * 64}}),
+    "a payload of no size": file_of({**EMPTY, "payload": {"sha256": "0" * 64}}),
+    "a payload that is a number": file_of({**EMPTY, "payload": 4}, b"more"),
+    "a payload that is no safetensors": with_payload(b"more"),
+    "four terabytes of zeros in 70 bytes": claiming({"dtype": "F32", "shape": [1 << 40], "data_offsets": [0, 1 << 42]}),
+    "a tensor that ends before it begins": claiming({"dtype": "F32", "shape": [1], "data_offsets": [4, 0]}),
+    "a type that is not sent": claiming({"dtype": "F64", "shape": [0], "data_offsets": [0, 0]}),
+    "another hash": canonical({**EMPTY, "sha256": "0" * 64}),
+    "huge fields": (1 << 62).to_bytes(8, "little") + b"{}" * 100,
+    "fields over the bound": file_of({**EMPTY, "header": {"x": "y" * codec.MAX_FIELDS_BYTES}}),
     "a deep header": (100_000).to_bytes(8, "little") + b"[" * 100_000,
     "a pickle": pickle.dumps(MESSAGE.header),
     "nothing": b"",
@@ -126,7 +152,7 @@ STRANGE = {
 
 @pytest.mark.parametrize("data", STRANGE.values(), ids=STRANGE)
 def test_what_is_not_a_message_is_refused(data) -> None:
-    with pytest.raises(TrainingError, match="not a message of format 1"):
+    with pytest.raises(TrainingError, match="not a message of format 2"):
         decode(data, 1 << 23)
 
 

@@ -19,8 +19,8 @@ from potluck.errors import NotFinite, TrainingError
 from potluck.local import evaluate
 from potluck.local.optimizers import InnerOptimizer
 from potluck.local.steps import local_steps
+from potluck.local_state import new_state
 from potluck.models.build import embeddings
-from potluck.participant import new_state
 from potluck.recipe.local import Constant, Cosine, WarmupStableDecay
 from potluck.recipe.schedules import rate_factor
 

@@ -81,6 +81,9 @@ class Scripted:
     def __init__(self, arrivals) -> None:
         self.arrivals, self.memory = list(arrivals), torch.zeros(1)
 
+    def now(self):
+        return 0.0
+
     def receive(self, timeout=None):
         if not self.arrivals:
             return None

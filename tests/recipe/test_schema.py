@@ -19,7 +19,7 @@ from potluck.recipe.load import parse_recipe, tables_in
 Tables = dict[str, Any]
 
 # Fractions, rates and flags without a dimension: every other number says what it counts.
-WITHOUT_UNIT = {
+WITHOUT_UNIT = {"max_update_norm",
     "version", "seed", "learning_rate", "adamw_learning_rate", "epsilon", "weight_decay", "clip_norm", "proximal",
     "alpha", "norm",
 }  # fmt: skip

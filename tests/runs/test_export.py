@@ -25,9 +25,9 @@ def test_an_exported_model_is_the_trained_one(potluck: Potluck, tables: Tables, 
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     from potluck.corpus.tokenizer import load_vocabulary
+    from potluck.embedded import prepare
     from potluck.recipe import load_recipe
     from potluck.records.checkpoint import load_checkpoint
-    from potluck.run import prepare
 
     potluck("train", potluck.recipe(tables, model=SHAPES[kind], tokenizer=TOKENIZERS[kind]), "--set",
             "records.folder=run")  # fmt: skip

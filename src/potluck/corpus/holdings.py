@@ -99,7 +99,7 @@ def text_keys(recipe: Recipe) -> dict[str, str]:
     if recipe.data.split is not None and recipe.data.source is not None:
         shared = [rule, fingerprint(recipe.data.source), recipe.data.split.model_dump(), recipe.seed]
         return {name: digest_of([*shared, name]) for name in recipe.participant_names}
-    return {p.name: digest_of([rule, fingerprint(p.source)]) for p in recipe.participants}
+    return {p.name: digest_of([rule, fingerprint(p.source)]) for p in recipe.participants if p.source is not None}
 
 
 def digest_of(content: object) -> str:
@@ -113,7 +113,8 @@ def _streams(recipe: Recipe) -> Iterator[tuple[tuple[str, ...], Iterator[Held]]]
     if data.split is not None and data.source is not None:
         yield recipe.participant_names, _divided(data.source, data.split, recipe.participant_names, recipe.seed)
     for participant in recipe.participants:
-        yield (participant.name,), _all_of(participant.name, participant.source)
+        if participant.source is not None:
+            yield (participant.name,), _all_of(participant.name, participant.source)
 
 
 def _all_of(name: str, source: Source) -> Iterator[Held]:

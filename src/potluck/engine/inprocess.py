@@ -45,6 +45,8 @@ class InProcess:
         seed: Of the draws of availability.
     """
 
+    remote = False
+
     def __init__(
         self,
         roster: Sequence[ParticipantInfo],

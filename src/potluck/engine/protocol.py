@@ -9,7 +9,13 @@ from potluck.contribution import ParticipantId, ParticipantInfo, Reply, Task, Ta
 
 
 class Engine(Protocol):
-    """Runs participants and moves tasks and contributions; the rounds are written once, against this."""
+    """Runs participants and moves tasks and contributions; the rounds are written once, against this.
+
+    Attributes:
+        remote: Participants are elsewhere: a task must name the state that it starts from.
+    """
+
+    remote: bool
 
     def roster(self) -> Mapping[ParticipantId, ParticipantInfo]:
         """Who takes part, in the order in which contributions are summed."""

@@ -13,6 +13,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Discriminator, Field, Tag, model_validator
 
 from potluck.recipe.adaptive import adaptive_faults
+from potluck.recipe.engine import HOUR, Engine, InProcess, Nats, engine_faults
 from potluck.recipe.local import Local
 from potluck.recipe.sources import Data, Participant
 from potluck.recipe.table import Table, setting
@@ -121,6 +122,19 @@ class Rounds(Table):
         None, "Fewer contributions fail the round; half of those asked if left out.", unit="participants", ge=1
     )
     on_failure: Literal["continue", "stop"] = setting("continue", "What the run does when a participant fails.")
+    deadline: float | None = setting(
+        None,
+        "A round ends then, with whoever has contributed; left out: it waits for all, over nats for an hour.",
+        unit="seconds",
+        gt=0,
+    )
+    grace: float | None = setting(
+        None, "Once `min_contributors` have contributed, the others have so much longer.", unit="seconds", ge=0
+    )
+    late: Literal["drop", "keep"] = setting(
+        "drop", "What comes after its round has ended is dropped, or kept for the round that is then under way."
+    )
+    max_update_norm: float | None = setting(None, "A contribution is rejected if its update has a larger norm.", gt=0)
     evaluate_every: int = setting(
         1, "Rounds between two evaluations on held-out text; the last is always evaluated.", unit="rounds", ge=1
     )
@@ -201,12 +215,6 @@ class Compute(Table):
     gradient_checkpointing: bool = setting(False, "Recompute activations: less memory, more time.")
 
 
-class InProcess(Table):
-    """All participants in this process, one after the other."""
-
-    kind: Literal["inprocess"] = setting("inprocess", "The embedded engine.")
-
-
 class Records(Table):
     """What the run leaves behind."""
 
@@ -231,7 +239,7 @@ class Recipe(Table):
     outer: Outer = setting(OuterSgd(), "The outer optimizer.")
     updates: Updates = setting(Updates(), "How updates travel: compression and download.")
     compute: Compute = setting(Compute(), "Device and precision.")
-    engine: InProcess = setting(InProcess(), "What runs the participants.")
+    engine: Engine = setting(InProcess(), "What runs the participants.")
     records: Records = setting(Records(), "Run folder and checkpoints.")
 
     @model_validator(mode="before")
@@ -309,6 +317,16 @@ class Recipe(Table):
         return self.rounds.participants_per_round or everyone
 
     @property
+    def deadline(self) -> float | None:
+        """Seconds after which a round or an evaluation ends; ``None`` waits for all, as does one process by the clock.
+
+        On the wall clock of one process nobody is waited for: participants take turns.
+        """
+        if isinstance(self.engine, Nats):
+            return self.rounds.deadline or HOUR
+        return self.rounds.deadline if any(p.profile is not None for p in self.participants) else None
+
+    @property
     def min_contributors(self) -> int:
         """Contributions without which a round fails."""
         return self.rounds.min_contributors or -(-self.asked_per_round // 2)
@@ -344,12 +362,15 @@ def _contradictions(recipe: Recipe) -> Iterator[str]:
         yield f"rounds.participants_per_round {recipe.asked_per_round}: there are only {len(names)} participants"
     if recipe.min_contributors > recipe.asked_per_round:
         yield f"rounds.min_contributors {recipe.min_contributors}: only {recipe.asked_per_round} are asked each round"
+    if recipe.rounds.late == "keep" and recipe.rounds.streaming is not None:
+        yield "rounds.late and rounds.streaming: what is late is kept only where a round has the whole model"
     warmup = recipe.local.schedule.warmup_steps
     if warmup >= recipe.total_local_steps:
         yield f"local.schedule.warmup_steps {warmup}: the run has only {recipe.total_local_steps} local steps"
     yield from chain_faults(recipe.updates.links)
     yield from _streaming_faults(recipe)
     yield from adaptive_faults(recipe)
+    yield from engine_faults(recipe)
     profiled = [p.name for p in recipe.participants if p.profile is not None]
     if profiled and len(profiled) < len(names):
         yield "participants.profile: give every participant a profile or none, one clock serves all"

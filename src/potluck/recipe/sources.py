@@ -128,5 +128,5 @@ class Participant(Table):
     """One party with its own text."""
 
     name: str = setting(..., "Name: letters, digits, `.`, `_`, `-`.")
-    source: Source = setting(..., "Its text.")
+    source: Source | None = setting(None, "Its text; over `nats` left out: it is named where the participant joins.")
     profile: Profile | None = setting(None, "A simulated device, for the `inprocess` engine.")

@@ -9,25 +9,29 @@ from typing import Any
 from potluck.contribution import Task
 from potluck.engine.protocol import Engine
 from potluck.records.events import EventLog
-from potluck.rounds.receiving import in_order
+from potluck.rounds.receiving import Window, in_order
 from potluck.rounds.state import SharedState
 
 _SUMS = {"nats", "tokens", "bytes"}
 
 
-def evaluate_shared(engine: Engine, shared: SharedState, log: EventLog) -> float | None:
+def evaluate_shared(engine: Engine, shared: SharedState, log: EventLog, deadline: float | None = None) -> float | None:
     """Ask everybody for the loss on its held-out text and write the ``evaluation`` event.
+
+    Args:
+        deadline: Seconds after which nobody is waited for.
 
     Returns:
         Bits per byte of the union: all nats over all bytes; ``None`` if a participant with text did not answer.
     """
     began = engine.now()
     evaluators = [name for name, info in engine.roster().items() if info.evaluates]
-    sent = {engine.send(name, _task(shared, name)): name for name in evaluators}
+    window = Window(None if deadline is None else began + deadline)
+    sent = {engine.send(name, _task(engine, shared, name, deadline)): name for name in evaluators}
     results: dict[str, dict[str, Any]] = {}
     missing: dict[str, str] = {}
     transfers: dict[str, dict[str, int]] = {}
-    for reply in in_order(engine, sent):
+    for reply in in_order(engine, sent, window, shared.arrived):
         transfers[reply.participant] = {"down_bytes": reply.down_bytes, "up_bytes": reply.up_bytes}
         answer = reply.contribution
         header = answer.header if answer is not None else {}
@@ -54,9 +58,14 @@ def evaluate_shared(engine: Engine, shared: SharedState, log: EventLog) -> float
     return float(union["bits_per_byte"]) if complete else None
 
 
-def _task(shared: SharedState, name: str) -> Task:
-    tensors = shared.downloads.tensors(name, shared.theta, shared.revision)
-    return Task(kind="evaluate", revision=shared.revision, tensors=tensors)
+def _task(engine: Engine, shared: SharedState, name: str, deadline: float | None) -> Task:
+    return Task(
+        kind="evaluate",
+        revision=shared.revision,
+        tensors=shared.downloads.tensors(name, shared.theta, shared.revision),
+        state=shared.digest if engine.remote else "",
+        seconds=deadline,
+    )
 
 
 def union_of(results: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:

@@ -5,13 +5,12 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Literal
 
 import torch
 from torch import Tensor
 
 from potluck.aggregation.outer import Mean
-from potluck.contribution import Contribution, Header, Reply, TaskId, kept
+from potluck.contribution import Contribution, Header, Reply, ReplyStatus, TaskId, kept
 from potluck.engine.protocol import Engine
 from potluck.errors import TrainingError
 from potluck.rounds.state import SharedState
@@ -32,6 +31,9 @@ class Asked:
         link: How updates were made smaller; ``None`` if they are parameters in full precision.
         draw: Seeds what is random in the links.
         steps: Local steps that an update may hold.
+        revision: Of the shared state it starts from.
+        max_norm: A larger update is rejected.
+        base: That state, where it may have moved on before the answer comes.
     """
 
     kind: str
@@ -39,6 +41,9 @@ class Asked:
     link: Link | None
     draw: int
     steps: int
+    revision: int
+    max_norm: float | None = None
+    base: Tensor | None = None
 
     @property
     def of(self) -> Mean:
@@ -48,25 +53,65 @@ class Asked:
 
 @dataclass(frozen=True, kw_only=True)
 class Verdict:
-    """Whether a reply counts: ``ok`` with its vector and figures, else ``failed`` or ``rejected`` with the reason."""
+    """Whether a reply counts: ``ok`` with its vector and figures, else ``late``, ``failed`` or ``rejected`` and why."""
 
-    status: Literal["ok", "failed", "rejected"]
+    status: ReplyStatus
     reason: str = ""
     vector: Tensor | None = None
     header: Header = field(default_factory=dict)
     update_norm: float = 0.0
 
 
-def in_order(engine: Engine, sent: Mapping[TaskId, str]) -> Iterator[Reply]:
-    """The replies to ``sent`` in its order, so that sums repeat bit for bit; one that is early is held back."""
-    early: dict[TaskId, Reply] = {}
-    for awaited in sent:
+@dataclass
+class Window:
+    """How long the replies to an exchange are waited for.
+
+    Attributes:
+        ends: Engine time after which nobody is waited for; ``None`` waits for all.
+        quorum: So many contributions are enough ...
+        grace: ... to wait only so many seconds more; ``None`` waits on.
+    """
+
+    ends: float | None = None
+    quorum: int = 0
+    grace: float | None = None
+    _contributed: int = 0
+
+    def left(self, now: float) -> float | None:
+        """Seconds that are left, not below 0."""
+        return None if self.ends is None else max(0.0, self.ends - now)
+
+    def note(self, reply: Reply, now: float) -> None:
+        """Count a contribution; the one that makes the quorum starts the grace."""
+        self._contributed += reply.status == "ok"
+        if reply.status == "ok" and self._contributed == self.quorum and self.grace is not None:
+            self.ends = min(now + self.grace, now + self.grace if self.ends is None else self.ends)
+
+
+def in_order(
+    engine: Engine, sent: Mapping[TaskId, str], window: Window | None = None, others: list[Reply] | None = None
+) -> Iterator[Reply]:
+    """The replies to ``sent`` in its order, so that sums repeat bit for bit; one that is early is held back.
+
+    Whoever has not answered when the window closes is ``late``.
+
+    Args:
+        others: Gets the replies to tasks of earlier rounds.
+    """
+    window, early = window or Window(), dict[TaskId, Reply]()
+    for awaited, name in sent.items():
         while awaited not in early:
-            reply = engine.receive()
+            left = window.left(engine.now())
+            reply = engine.receive(left)
+            if reply is None and left is None:
+                raise TrainingError(f"{name}: the engine lost a task")
             if reply is None:
-                raise TrainingError(f"{sent[awaited]}: the engine lost a task")
-            if reply.task in sent:
+                early[awaited] = Reply(task=awaited, participant=name, status="late", reason="no answer in time")
+            elif reply.task in sent:
+                window.note(reply, engine.now())
                 early[reply.task] = reply if reply.task == awaited else kept(reply)
+            elif others is not None:
+                others.append(kept(reply))
         yield early.pop(awaited)
 
 
@@ -74,20 +119,25 @@ def examine(reply: Reply, shared: SharedState, asked: Asked) -> Verdict:
     """Check what a participant sent before it touches shared state: schema, revision, form, finite values, figures."""
     contribution = reply.contribution
     if contribution is None:
-        return Verdict(status="failed", reason=reply.reason[:_MAX_REASON])
+        return Verdict(status=reply.status, reason=reply.reason[:_MAX_REASON])
     if contribution.kind != asked.kind or any(key not in contribution.header for key in FIGURES):
         return _rejected("not an update")
-    if contribution.revision != shared.revision:
-        return _rejected(f"revision {contribution.revision}, expected {shared.revision}")
+    if contribution.revision != asked.revision:
+        return _rejected(f"revision {contribution.revision}, expected {asked.revision}")
     if reason := _wrong_figures(contribution.header, asked.steps):
         return _rejected(reason)
     try:
         vector = _vector(contribution, asked)
     except TrainingError as error:
         return _rejected(str(error))
-    norm = torch.dist(vector, asked.fragment.take(shared.theta)) if asked.link is None else torch.linalg.norm(vector)
+    start = asked.fragment.take(shared.theta) if asked.base is None else asked.base
+    norm = torch.dist(vector, start) if asked.link is None else torch.linalg.norm(vector)
     if not math.isfinite(float(norm)):
         return _rejected("parameters are not finite")
+    if asked.max_norm is not None and float(norm) > asked.max_norm:
+        return _rejected(f"an update of norm {float(norm):.4g}, rounds.max_update_norm is {asked.max_norm:g}")
+    if asked.link is None and asked.base is not None:
+        vector = vector + (asked.fragment.take(shared.theta) - start)  # the same step, from where the state is now
     return Verdict(status="ok", vector=vector, header=contribution.header, update_norm=float(norm))
 
 

@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import hashlib
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 from torch import Tensor
 
 from potluck.aggregation.outer import OuterState, init_outer
+from potluck.contribution import Reply, TaskId
 from potluck.recipe import Recipe
 from potluck.updates.download import Downloads
 from potluck.updates.fragments import Fragment
+
+if TYPE_CHECKING:
+    from potluck.rounds.receiving import Asked
 
 
 @dataclass
@@ -24,6 +30,8 @@ class SharedState:
         revision: Outer steps taken.
         total_tokens: Tokens of all contributions so far.
         lost: Participants whose last update did not count: what error feedback keeps of it is void.
+        late: What was asked of those who did not answer in time, if their answers still count (``rounds.late``).
+        arrived: Such answers, for the next round.
     """
 
     theta: Tensor
@@ -33,6 +41,16 @@ class SharedState:
     revision: int = 0
     total_tokens: int = 0
     lost: set[str] = field(default_factory=set)
+    late: dict[TaskId, Asked] = field(default_factory=dict)
+    arrived: list[Reply] = field(default_factory=list)
+    _digest: tuple[int, str] = (-1, "")
+
+    @property
+    def digest(self) -> str:
+        """SHA-256 of ``theta``: with the revision it names the state."""
+        if self._digest[0] != self.revision:
+            self._digest = (self.revision, hashlib.sha256(self.theta.numpy().data).hexdigest())
+        return self._digest[1]
 
 
 def begin(recipe: Recipe, theta: Tensor, fragments: tuple[Fragment, ...]) -> SharedState:

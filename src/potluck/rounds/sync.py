@@ -15,14 +15,15 @@ With fragments theta is the one whose turn it is, and each has an outer optimize
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from itertools import islice
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
+from itertools import chain, islice
 
 from torch import Tensor
 
 from potluck.aggregation.mean import Aggregator
 from potluck.aggregation.outer import outer_step
-from potluck.contribution import Header, Scalar, Task
+from potluck.contribution import Header, Reply, Scalar, Task
 from potluck.engine.protocol import Engine
 from potluck.errors import Interrupted, TooFewContributors, TrainingError
 from potluck.recipe import Recipe
@@ -31,7 +32,7 @@ from potluck.recipe.seeds import seed_of
 from potluck.recipe.updates import Eager, Streaming
 from potluck.records.events import EventLog
 from potluck.rounds.evaluation import evaluate_shared
-from potluck.rounds.receiving import FIGURES, Asked, Verdict, examine, in_order
+from potluck.rounds.receiving import FIGURES, Asked, Verdict, Window, examine, in_order
 from potluck.rounds.sampling import asked_by_round
 from potluck.rounds.state import SharedState
 from potluck.updates.links import link_of
@@ -67,7 +68,7 @@ def run_rounds(
         stop = stop_requested() and not last
         score = None
         if last or shared.revision % settings.evaluate_every == 0:
-            score = evaluate_shared(engine, shared, log)
+            score = evaluate_shared(engine, shared, log, recipe.deadline)
         if stop:
             log.write("run_interrupted", round=shared.revision)
         if last or stop or shared.revision % recipe.records.checkpoint_every == 0:
@@ -81,20 +82,24 @@ def one_round(
 ) -> None:
     """Ask ``names`` for local steps, average their updates of the fragment whose turn it is, take its outer step."""
     began, number = engine.now(), shared.revision + 1
-    asked = what_is_asked(recipe, shared)
-    sent = {engine.send(name, _task(recipe, shared, name)): name for name in names}
+    asked, window = what_is_asked(recipe, shared), _window(recipe, engine)
+    sent = {engine.send(name, _task(recipe, engine, shared, name)): name for name in names}
     aggregator.init(asked.fragment.size)
     contributors = tokens = 0
-    for reply in in_order(engine, sent):
-        verdict = examine(reply, shared, asked)
+    for reply, wanted in chain(
+        ((reply, asked) for reply in in_order(engine, sent, window, shared.arrived)), _from_earlier(engine, shared)
+    ):
+        verdict = examine(reply, shared, wanted)
         facts: dict[str, object] = {"reason": verdict.reason}
+        if wanted.revision < shared.revision:
+            facts["staleness"] = shared.revision - wanted.revision
         if verdict.vector is not None:
             weight = _weight(recipe, verdict.header)
             aggregator.accumulate(verdict.vector, weight)
             contributors, tokens = contributors + 1, tokens + int(verdict.header["tokens"])
             figures = {key: verdict.header[key] for key in FIGURES}
             facts |= {"weight": weight, "update_norm": verdict.update_norm, **figures}
-        _note(shared, reply.participant, verdict)
+        _note(recipe, engine, shared, reply, verdict, wanted)
         log.write(
             "contribution",
             round=number,
@@ -137,10 +142,29 @@ def what_is_asked(recipe: Recipe, shared: SharedState) -> Asked:
         link=None if plain else link_of(links),
         draw=seed_of(recipe.seed, "links", shared.revision),
         steps=recipe.local_steps,
+        revision=shared.revision,
+        max_norm=recipe.rounds.max_update_norm,
     )
 
 
-def _task(recipe: Recipe, shared: SharedState, name: str) -> Task:
+def _window(recipe: Recipe, engine: Engine) -> Window:
+    ends = None if recipe.deadline is None else engine.now() + recipe.deadline
+    return Window(ends, recipe.min_contributors, recipe.rounds.grace)
+
+
+def _from_earlier(engine: Engine, shared: SharedState) -> Iterator[tuple[Reply, Asked]]:
+    """What came late of the last round and is kept; whoever has not even answered by now is given up."""
+    replies = {reply.task: reply for reply in shared.arrived if reply.task in shared.late}
+    for task, wanted in list(shared.late.items()):
+        if task in replies:
+            yield replies[task], wanted
+        elif wanted.revision < shared.revision:
+            engine.cancel(task)
+            del shared.late[task]
+    shared.arrived.clear()
+
+
+def _task(recipe: Recipe, engine: Engine, shared: SharedState, name: str) -> Task:
     """Local steps for one participant, with what it lacks of the shared state."""
     number = shared.revision + 1
     head, tail = recipe.steps_of_round(number)
@@ -154,6 +178,8 @@ def _task(recipe: Recipe, shared: SharedState, name: str) -> Task:
         revision=shared.revision,
         parameters=parameters,
         tensors=shared.downloads.tensors(name, shared.theta, shared.revision),
+        state=shared.digest if engine.remote else "",
+        seconds=recipe.deadline,
     )
 
 
@@ -168,13 +194,18 @@ def _task_kind(recipe: Recipe) -> str:
             return "train"
 
 
-def _note(shared: SharedState, name: str, verdict: Verdict) -> None:
-    """Of one whose update does not count, nothing is taken for granted."""
-    if verdict.vector is None:
-        shared.downloads.forget(name)
-        shared.lost.add(name)
+def _note(recipe: Recipe, engine: Engine, shared: SharedState, reply: Reply, verdict: Verdict, wanted: Asked) -> None:
+    """Of one whose update does not count, nothing is taken for granted; one that is late may count yet."""
+    shared.late.pop(reply.task, None)
+    if verdict.status == "late" and recipe.rounds.late == "keep":
+        base = wanted.fragment.take(shared.theta).clone() if wanted.link is None else None
+        shared.late[reply.task] = replace(wanted, base=base)
+    elif verdict.vector is None:
+        engine.cancel(reply.task)
+        shared.downloads.forget(reply.participant)
+        shared.lost.add(reply.participant)
     else:
-        shared.lost.discard(name)
+        shared.lost.discard(reply.participant)
 
 
 def _outer_step(recipe: Recipe, shared: SharedState, asked: Asked, mean: Tensor) -> float:

@@ -10,12 +10,12 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
-from potluck.contribution import Header
+from potluck.contribution import Fields, Header
 from potluck.errors import TrainingError
 from potluck.updates.sizes import DTYPE_BYTES
 
-FORMAT = 1
-Fields = dict[str, Any]
+FORMAT = 2
+Layout = Mapping[str, tuple[str, Sequence[int]]]
 
 
 def fields_of(message: Literal["task", "contribution"], kind: str, revision: int, header: Header) -> Fields:
@@ -35,8 +35,31 @@ def as_json(value: Any) -> str:
         raise TrainingError(f"a message's figures cannot be sent: {error}") from None
 
 
-def message_bytes(fields: Fields, tensors: Mapping[str, tuple[str, Sequence[int]]]) -> int:
-    """Bytes of a message as serialised: 8 for the header's length, the header padded to a multiple of 8, the tensors.
+def payload_header(tensors: Layout) -> bytes:
+    """The header of a safetensors file: its length in 8 bytes, JSON, and blanks up to a multiple of 8.
+
+    Args:
+        tensors: Type, as safetensors names it, and shape of each.
+    """
+    entries: dict[str, Any] = {}
+    end = 0
+    for name in payload_order(tensors):
+        dtype, shape = tensors[name]
+        begin, end = end, end + DTYPE_BYTES[dtype] * math.prod(shape)
+        entries[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [begin, end]}
+    header = json.dumps(entries, separators=(",", ":"), ensure_ascii=False).encode()
+    header += b" " * (-len(header) % 8)
+    return len(header).to_bytes(8, "little") + header
+
+
+def payload_order(tensors: Layout) -> list[str]:
+    """How safetensors lays tensors out: by type, the widest first, then by name."""
+    order = list(DTYPE_BYTES)
+    return sorted(tensors, key=lambda name: (order.index(tensors[name][0]), name))
+
+
+def message_bytes(fields: Fields, tensors: Layout) -> int:
+    """Bytes of a message as serialised: 8 for the length of its fields, these as JSON, and the payload.
 
     Args:
         fields: From ``fields_of``.
@@ -45,10 +68,8 @@ def message_bytes(fields: Fields, tensors: Mapping[str, tuple[str, Sequence[int]
     Raises:
         TrainingError: A figure is not finite.
     """
-    entries: dict[str, Any] = {"__metadata__": {"potluck": as_json({**fields, "sha256": "0" * 64})}}
-    order, end = list(DTYPE_BYTES), 0  # safetensors lays tensors out by type, then by name
-    for name, (dtype, shape) in sorted(tensors.items(), key=lambda item: (order.index(item[1][0]), item[0])):
-        begin, end = end, end + DTYPE_BYTES[dtype] * math.prod(shape)
-        entries[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [begin, end]}
-    header = len(json.dumps(entries, separators=(",", ":"), ensure_ascii=False).encode())
-    return 8 + (header + 7) // 8 * 8 + end
+    payload = 0
+    if tensors:
+        payload = len(payload_header(tensors)) + sum(DTYPE_BYTES[d] * math.prod(shape) for d, shape in tensors.values())
+        fields = {**fields, "payload": {"bytes": payload, "sha256": "0" * 64}}
+    return 8 + len(as_json({**fields, "sha256": "0" * 64})) + payload

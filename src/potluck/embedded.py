@@ -1,0 +1,212 @@
+"""The participants' side of a run whose participants are all in this process."""
+
+from __future__ import annotations
+
+import platform
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from torch import Tensor
+
+from potluck.contribution import ParticipantInfo
+from potluck.corpus.batches import Batches, documents_drawn
+from potluck.corpus.shards import Corpus, Holding, build_corpus
+from potluck.engine.inprocess import InProcess
+from potluck.errors import RecipeError
+from potluck.local.network import Network, device_named, place
+from potluck.local.optimizers import InnerOptimizer
+from potluck.local_state import LocalState, new_state, restore_state, state_facts, state_tensors
+from potluck.models.build import build_model, embeddings
+from potluck.models.shapes import check_context
+from potluck.participant import Participant
+from potluck.recipe import Recipe
+from potluck.recipe.seeds import seed_of
+from potluck.records.checkpoint import Checkpoint, load_checkpoint
+from potluck.records.events import Listener
+from potluck.records.folder import Variant, open_run
+from potluck.run import Facts, Parts, Run
+from potluck.updates.codec import wire_bytes
+from potluck.updates.fragments import Fragment, fragments_of
+
+
+@dataclass(frozen=True)
+class Workplace:
+    """What all runs of one recipe share: text, network, and the weights everyone starts from."""
+
+    recipe: Recipe
+    corpus: Corpus
+    network: Network
+    initial: Tensor
+
+
+def prepare(recipe: Recipe, say: Callable[[str], None]) -> Workplace:
+    """Build token shards and the network; the slow work before a run.
+
+    Raises:
+        CorpusError, ModelError, RecipeError: What a run would need is not there.
+    """
+    if recipe.compute.threads:
+        torch.set_num_threads(recipe.compute.threads)
+    device_named(recipe.compute.device)  # before any slow work
+    check_context(recipe.model, recipe.local.sequence_length)
+    corpus = build_corpus(recipe, say)
+    vocabulary = corpus.vocabulary
+    model = build_model(recipe.model, vocabulary.size, vocabulary.end_of_text, recipe.seed)
+    network = place(model, recipe.compute)
+    return Workplace(recipe, corpus, network, network.flat.vector.cpu().clone())
+
+
+class Embedded:
+    """Everybody in this process: those who train with their batches, the others for evaluation.
+
+    Args:
+        workplace: Text and network.
+        recipe: The variant's own recipe: that of the workplace but for who is asked and how often.
+    """
+
+    def __init__(self, workplace: Workplace, variant: Variant, recipe: Recipe) -> None:
+        self.workplace, self.variant, self.recipe = workplace, variant, recipe
+        self.fragments = fragments_in(workplace.network, recipe)
+        self.participants = _participants(workplace, recipe, variant, self.fragments)
+
+    def engine(self) -> InProcess:
+        """All participants, one after the other."""
+        profiles = {p.name: p.profile for p in self.recipe.participants if p.profile is not None}
+        return InProcess(
+            [ParticipantInfo(name=n, evaluates=p.validation is not None) for n, p in self.participants.items()],
+            lambda name, task: self.participants[name].perform(task),
+            wire_bytes,
+            profiles if self.variant.kind == "together" else None,
+            self.recipe.seed,
+        )
+
+    def identity(self) -> Facts:
+        """Tokenizer, text and the shapes of the network."""
+        return identity(self.workplace)
+
+    def description(self) -> Facts:
+        """Everybody's holding, and the machine."""
+        holdings = self.workplace.corpus.holdings.values()
+        return {
+            "participants": [holding_facts(h) for h in holdings],
+            "environment": environment(self.workplace.network),
+        }
+
+    def saved(self) -> tuple[Facts, Parts]:
+        """Everything that those who train keep between rounds."""
+        trainers = list(self._trainers())
+        parts = {f"participant-{name}": state_tensors(p.state) for name, p in trainers}
+        return {name: state_facts(p.state) for name, p in trainers}, parts
+
+    def restore(self, checkpoint: Checkpoint) -> None:
+        """Their state at a checkpoint."""
+        for name, participant in self._trainers():
+            facts = checkpoint.facts["participants"][name]
+            restore_state(participant.state, checkpoint.parts[f"participant-{name}"], facts)
+
+    def _trainers(self) -> Iterator[tuple[str, Participant]]:
+        return ((name, self.participants[name]) for name in self.variant.trainers)
+
+
+def embedded_run(
+    workplace: Workplace,
+    variant: Variant,
+    folder: Path,
+    recipe: Recipe,
+    listeners: tuple[Listener, ...] = (),
+    checkpoint: Checkpoint | None = None,
+) -> Run:
+    """A run with all participants in this process; the arguments are those of `Embedded` and of `Run`."""
+    side = Embedded(workplace, variant, recipe)
+    return Run(side, workplace.initial, side.fragments, variant, folder, recipe, listeners, checkpoint)
+
+
+def fragments_in(network: Network, recipe: Recipe) -> tuple[Fragment, ...]:
+    """The parts of a network that a recipe exchanges in turn.
+
+    Raises:
+        RecipeError: It has too few layers for them.
+    """
+    try:
+        return fragments_of([(entry.name, entry.shape) for entry in network.flat.manifest], recipe.fragments)
+    except ValueError as error:
+        raise RecipeError(f"rounds.streaming.fragments: {error}") from None
+
+
+def environment(network: Network) -> dict[str, Any]:
+    """Versions and device, as far as they bear on a run's numbers."""
+    return {
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "device": torch.cuda.get_device_name(network.device) if network.device.type == "cuda" else platform.machine(),
+        "precision": "bf16 autocast" if network.autocast else "fp32",
+        "threads": torch.get_num_threads(),
+    }
+
+
+def documents_trained_on(folder: Path, name: str) -> list[str]:
+    """Names of the documents of which a participant of a run has drawn tokens, up to the newest checkpoint."""
+    recipe, _ = open_run(folder)
+    holding = build_corpus(recipe).holdings[name]
+    checkpoint = load_checkpoint(folder / "checkpoints", only="shared")
+    return documents_drawn(holding.train, batches_of(recipe, holding), checkpoint.facts["participants"][name]["cursor"])
+
+
+def batches_of(recipe: Recipe, holding: Holding) -> Batches:
+    """A participant's training sequences, in the order that seed and name give them."""
+    return Batches(holding.train.tokens, recipe.local.sequence_length, seed_of(recipe.seed, holding.name))
+
+
+def identity(workplace: Workplace) -> Facts:
+    """What must not change between a checkpoint and a run that goes on from it."""
+    corpus = workplace.corpus
+    return {
+        "tokenizer": corpus.vocabulary.content_hash,
+        "text": {name: holding.content_hash for name, holding in corpus.holdings.items()},
+        "model": [[entry.name, list(entry.shape)] for entry in workplace.network.flat.manifest],
+    }
+
+
+def holding_facts(holding: Holding) -> dict[str, Any]:
+    """How much one participant holds, and the hash of its tokens."""
+    facts: dict[str, Any] = {"name": holding.name, "content_hash": holding.content_hash}
+    for side, shard in (("train", holding.train), ("validation", holding.validation)):
+        facts |= {
+            f"{side}_tokens": len(shard.tokens),
+            f"{side}_bytes": shard.text_bytes,
+            f"{side}_documents": shard.documents,
+        }
+    return facts
+
+
+def _participants(
+    workplace: Workplace, recipe: Recipe, variant: Variant, fragments: tuple[Fragment, ...]
+) -> dict[str, Participant]:
+    """Everybody, for evaluation; those who train, with their batches; one more for the pooled run."""
+    network, holdings = workplace.network, workplace.corpus.holdings
+    optimizer = InnerOptimizer(recipe.local.optimizer, network.flat, embeddings(network.model))
+    batches = {name: batches_of(recipe, holding) for name, holding in holdings.items()}
+    idle = LocalState(torch.empty(0))
+    everybody = {
+        name: Participant(
+            name,
+            recipe,
+            network,
+            optimizer,
+            (batches[name],),
+            holding.validation,
+            new_state(network, optimizer, recipe, fragments) if name in variant.trainers else replace(idle),
+            fragments,
+        )
+        for name, holding in holdings.items()
+    }
+    if variant.kind == "pooled":
+        (name,) = variant.trainers
+        state = new_state(network, optimizer, recipe, fragments)
+        everybody[name] = Participant(name, recipe, network, optimizer, tuple(batches.values()), None, state, fragments)
+    return everybody
