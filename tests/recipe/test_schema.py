@@ -19,9 +19,9 @@ from potluck.recipe.load import parse_recipe, tables_in
 Tables = dict[str, Any]
 
 # Fractions, rates and flags without a dimension: every other number says what it counts.
-WITHOUT_UNIT = {"max_update_norm",
+WITHOUT_UNIT = {
     "version", "seed", "learning_rate", "adamw_learning_rate", "epsilon", "weight_decay", "clip_norm", "proximal",
-    "alpha", "norm",
+    "alpha", "norm", "max_update_norm",
 }  # fmt: skip
 
 
@@ -148,7 +148,7 @@ def test_whatever_a_key_holds_is_a_recipe_or_a_clear_error(tables: Tables, where
         ("local.optimizer", {"kind": "adam"}, "'adam' is not one of 'adamw', 'muon', 'sgd'; did you mean 'adamw'?"),
         ("local.schedule", {"kind": "cosin"}, "is not one of 'constant', 'cosine', 'wsd'; did you mean 'cosine'?"),
         ("outer", {"kind": "nestorov"}, "did you mean 'nesterov'?"),
-        ("engine", {"kind": "nats"}, "engine"),
+        ("engine", {"kind": "ray"}, "engine"),
         ("rounds.sampling", "unifrom", "did you mean 'uniform'?"),
         ("rounds.on_failure", "halt", "'halt' is not one of 'continue' or 'stop'"),
         ("compute.precision", "fp16", "'fp16' is not one of 'auto', 'fp32' or 'bf16'"),

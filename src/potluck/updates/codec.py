@@ -2,8 +2,8 @@
 
 Layout (``docs/reference/wire-format.md``): 8 bytes of length, the fields, the payload. The fields hold ``format``,
 ``message`` (``task`` or ``contribution``), ``kind``, ``revision``, ``header``, where there are tensors ``payload``
-with its ``bytes`` and ``sha256``, and the ``sha256`` of all these fields. A payload holds tensors and nothing else, so that one state sent with
-several tasks is one payload. Nothing in a message is ever unpickled or evaluated.
+with its ``bytes`` and ``sha256``, and the ``sha256`` of all these fields. A payload holds tensors and nothing else:
+one state that is sent with several tasks is one payload. Nothing in a message is ever unpickled or evaluated.
 """
 
 from __future__ import annotations
@@ -110,7 +110,7 @@ def split_message(data: bytes) -> tuple[Any, bytes | None]:
         if not 10 <= end <= min(8 + MAX_FIELDS_BYTES, len(data)):
             raise ValueError(f"fields of {end - 8} bytes")
         fields = json.loads(data[8:end])
-        payload = fields["payload"] if "payload" in fields else None
+        payload = fields.get("payload")
         if payload is None and len(data) > end:
             raise ValueError("a payload that is not named")
         if payload is None:
