@@ -13,6 +13,10 @@
     ├── StorageError        8   the disk is full or cannot be written
     ├── RunFolderError      9   the run folder is in use, taken or not a run
     ├── MissingExtra       10   an optional library is not installed
+    ├── EngineError        11   the message server cannot be reached, or does not do what it should
+    │   └── Refused             the server does not let this key do that
+    ├── InviteError        12   an invite or a key cannot be used
+    ├── PolicyError        13   a participant does not allow what it is asked
     └── Interrupted       130   stopped by Ctrl-C or SIGTERM, resumable
 
 Exit code 0 is success and 2 a mistake on the command line; an unforeseen exception leaves with 1
@@ -86,6 +90,28 @@ class MissingExtra(PotluckError):
     """An optional library is not installed."""
 
     exit_code = 10
+
+
+class EngineError(PotluckError):
+    """The message server cannot be reached, or does not do what it should."""
+
+    exit_code = 11
+
+
+class Refused(EngineError):
+    """The message server does not let this key do that."""
+
+
+class InviteError(PotluckError):
+    """An invite or a key cannot be used."""
+
+    exit_code = 12
+
+
+class PolicyError(PotluckError):
+    """A participant does not allow what it is asked."""
+
+    exit_code = 13
 
 
 class Interrupted(PotluckError):

@@ -29,8 +29,11 @@ _DTYPES = {torch.int64: "I64", torch.float32: "F32", torch.bfloat16: "BF16", tor
 _FIELDS = {"format", "message", "kind", "revision", "header", "sha256"}
 
 
-def pack(message: Task | Contribution) -> Packed:
+def pack(message: Task | Contribution, like: Packed | None = None) -> Packed:
     """A message without copying its tensors: the payload is views of them.
+
+    Args:
+        like: Another message with the same tensors, which then need not be read and hashed again.
 
     Raises:
         TrainingError: A figure is not finite, or a tensor has a type that is not sent.
@@ -38,6 +41,8 @@ def pack(message: Task | Contribution) -> Packed:
     fields = _fields(message)
     if not message.tensors:
         return Packed(fields=_hashed(fields))
+    if like is not None:
+        return Packed(fields=_hashed({**fields, "payload": like.fields["payload"]}), parts=like.parts)
     parts = payload_parts(message.tensors)
     size, digest = sum(part.nbytes for part in parts), hashlib.sha256()
     for part in parts:

@@ -1,0 +1,337 @@
+"""One user's connection to the server, through `nats-py` in a thread of its own, and what goes wrong with it.
+
+It stays while the server is away: calls wait for its return as long as they are allowed to.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import threading
+import time
+from collections.abc import Callable, Coroutine, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import nats.errors
+from nats.aio.client import Client as Nats
+from nats.aio.msg import Msg
+
+from potluck.engine.nats.identity import tls_context
+from potluck.errors import EngineError, Refused, StorageError
+
+PING_SECONDS = 5
+CONNECT_SECONDS = 5.0
+ANSWER_SECONDS = 5.0
+WORKING_SECONDS = 10.0
+_STORE_IS_FULL = (10023, 10047, 10077)  # JetStream's codes for no room in account, server or stream
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Access:
+    """How a user reaches the server.
+
+    Attributes:
+        urls: ``tls://`` or, on loopback only, ``nats://``.
+        certificate: The one the server must show, PEM; empty to trust the system's authorities.
+        seed: The user's key.
+        inbox: Prefix of the subjects on which answers come.
+        name: Shown in the server's log.
+    """
+
+    urls: tuple[str, ...]
+    certificate: str
+    seed: str
+    inbox: str
+    name: str
+
+    @property
+    def secure(self) -> bool:
+        """Whether it is encrypted."""
+        return all(url.startswith("tls://") for url in self.urls)
+
+
+@dataclass(frozen=True)
+class Delivery:
+    """A message of a work queue; it comes again until it is acknowledged."""
+
+    connection: Connection
+    subject: str
+    data: bytes
+    receipt: str
+
+    def done(self) -> None:
+        """Acknowledge it."""
+        self.connection.tell(self.receipt, b"+ACK")
+
+    @contextmanager
+    def kept(self) -> Iterator[None]:
+        """Keep it from coming again while it is worked on."""
+        over = threading.Event()
+
+        def remind() -> None:
+            while not over.wait(WORKING_SECONDS):
+                self.connection.tell(self.receipt, b"+WPI")
+
+        reminder = threading.Thread(target=remind, name="potluck-working", daemon=True)
+        reminder.start()
+        try:
+            yield
+        finally:
+            over.set()
+
+
+class Connection:
+    """A connection that outlives its sockets.
+
+    Args:
+        access: Whose it is.
+        told: Told when it is lost, back or refused something, in words for a log; called in another thread.
+    """
+
+    def __init__(self, access: Access, told: Callable[[str], None] = lambda _: None) -> None:
+        self.access, self._told = access, told
+        self._violations: list[str] = []
+        self._last_error = ""
+        self._nats: Nats | None = None
+        self._loop = asyncio.new_event_loop()
+        self._connecting = asyncio.Lock()
+        threading.Thread(target=self._loop.run_forever, name="potluck-nats", daemon=True).start()
+
+    def open(self, patience: float) -> None:
+        """Connect, trying for so many seconds.
+
+        Raises:
+            Refused: The server does not know the key.
+            EngineError: It cannot be reached, or shows another certificate.
+        """
+        until = time.monotonic() + patience
+        while True:
+            try:
+                self._run(self._connect(), CONNECT_SECONDS + 2)
+                return
+            except (EngineError, TimeoutError) as error:
+                problem = error if isinstance(error, EngineError) else EngineError("no answer")
+            if isinstance(problem, Refused) or time.monotonic() > until:
+                raise type(problem)(f"{', '.join(self.access.urls)}: {problem}", _HINTS[type(problem)]) from None
+            time.sleep(0.2)
+
+    def close(self) -> None:
+        """Leave, and end the thread."""
+        if self._nats is not None and not self._nats.is_closed:
+            try:
+                self._run(self._nats.close(), 5)
+            except (TimeoutError, EngineError):
+                self._told("the connection could not be closed in order")
+        self._loop.call_soon_threadsafe(self._loop.stop)
+
+    @property
+    def connected(self) -> bool:
+        """Whether the server is there now."""
+        return self._nats is not None and self._nats.is_connected
+
+    @property
+    def max_payload(self) -> int:
+        """The largest message that the server takes, in bytes."""
+        return int(self._nats.max_payload) if self._nats is not None else 0
+
+    def store(self, subject: str, data: bytes, patience: float = 60.0) -> None:
+        """Put a message into a stream, and wait until the server has it.
+
+        Raises:
+            StorageError: The stream or the server's disk stayed full.
+            Refused: This key may not.
+            EngineError: The server did not take it in time.
+        """
+        until = time.monotonic() + patience
+        while True:
+            try:
+                answer = json.loads(self._request(subject, data, until - time.monotonic()).data)
+                _check(answer, f"storing {subject}")
+                return
+            except StorageError:
+                if time.monotonic() > until:
+                    raise
+                self._told("the server's store is full; trying again")
+                time.sleep(1.0)
+
+    def api(self, verb: str, body: Any = None, patience: float = 30.0) -> dict[str, Any]:
+        """Ask JetStream to do something, such as ``STREAM.INFO.name``.
+
+        Raises:
+            EngineError: It does not; the message says why.
+        """
+        data = b"" if body is None else json.dumps(body).encode()
+        answer: dict[str, Any] = json.loads(self._request(f"$JS.API.{verb}", data, patience).data)
+        _check(answer, verb)
+        return answer
+
+    def last(self, direct: str, patience: float = 30.0) -> tuple[bytes, dict[str, str]] | None:
+        """The last message of a subject, with its headers; ``None`` if there is none.
+
+        Args:
+            direct: From ``Names.direct``.
+        """
+        message = self._request(direct, b"", patience)
+        headers = dict(message.headers or {})
+        return None if headers.get("Status") else (message.data, headers)
+
+    def take(self, asked: str, wait: float) -> Delivery | None:
+        """The next message of a consumer; ``None`` if none comes within ``wait`` seconds, or the server is away.
+
+        Args:
+            asked: From ``Names.next``.
+        """
+        body = json.dumps({"batch": 1, "expires": int(wait * 1e9)}).encode()
+        try:
+            message = self._request(asked, body, wait + 2, once=True)
+        except Refused:
+            raise
+        except EngineError:
+            time.sleep(0.1)
+            return None
+        if (message.headers or {}).get("Status"):
+            if (message.headers or {}).get("Status") != "404" and "408" not in str(message.headers):
+                time.sleep(0.1)
+            return None
+        return Delivery(self, message.subject, message.data, message.reply)
+
+    def tell(self, subject: str, data: bytes) -> None:
+        """Publish without waiting; lost if the server is away."""
+
+        async def publish() -> None:
+            if self._nats is not None and self._nats.is_connected:
+                await self._nats.publish(subject, data)
+
+        asyncio.run_coroutine_threadsafe(publish(), self._loop)
+
+    def ping(self) -> float:
+        """Seconds to the server and back.
+
+        Raises:
+            EngineError: It is away.
+        """
+        began = time.monotonic()
+        if self._nats is None:
+            raise EngineError("not connected")
+        try:
+            self._run(self._nats.flush(int(ANSWER_SECONDS)), ANSWER_SECONDS + 1)
+        except TimeoutError:
+            raise EngineError("the server does not answer") from None
+        return time.monotonic() - began
+
+    def _request(self, subject: str, data: bytes, patience: float, once: bool = False) -> Msg:
+        """Ask, again and again while the server is away, or only once."""
+        until = time.monotonic() + patience
+        while True:
+            seen = len(self._violations)
+            wait = max(0.05, min(patience if once else ANSWER_SECONDS, until - time.monotonic()))
+            try:
+                return self._run(self._ask(subject, data, wait, once), wait + 1)
+            except Refused:
+                raise
+            except (EngineError, TimeoutError, nats.errors.Error, OSError) as error:
+                problem = str(error) or type(error).__name__
+            if refusal := next((v for v in self._violations[seen:] if f'"{subject}"'.lower() in v.lower()), ""):
+                raise Refused(refusal, _HINTS[Refused])
+            if time.monotonic() >= until or once:
+                raise EngineError(
+                    f"{', '.join(self.access.urls)}: {subject}: no answer ({problem})", _HINTS[EngineError]
+                )
+            time.sleep(0.1)
+
+    async def _ask(self, subject: str, data: bytes, wait: float, own_inbox: bool) -> Msg:
+        """Ask once; what a consumer delivers keeps its subject, and so needs an inbox of its own."""
+        async with self._connecting:
+            if self._nats is None or self._nats.is_closed:
+                await self._connect()
+        assert self._nats is not None
+        return await self._nats.request(subject, data, timeout=wait, old_style=own_inbox)
+
+    async def _connect(self) -> None:
+        connection = Nats()
+        try:
+            await connection.connect(
+                list(self.access.urls),
+                name=self.access.name,
+                nkeys_seed_str=self.access.seed,
+                tls=tls_context(self.access.certificate) if self.access.secure else None,
+                tls_handshake_first=self.access.secure,
+                inbox_prefix=self.access.inbox,
+                connect_timeout=int(CONNECT_SECONDS),
+                ping_interval=PING_SECONDS,
+                max_outstanding_pings=3,
+                allow_reconnect=False,  # a closed one is replaced when it is next needed
+                error_cb=self._on_error,
+                disconnected_cb=self._on_lost,
+            )
+        except Exception as error:  # whatever sockets, TLS and the library raise
+            problem = str(error) or type(error).__name__
+            if "authorization" in problem.lower():
+                raise Refused("the server does not know this key") from None
+            raise EngineError(f"cannot be reached ({problem.partition(chr(10))[0]})") from None
+        if self._nats is not None:
+            self._told("connected again")
+        self._nats = connection
+
+    def _run(self, work: Coroutine[Any, Any, T], timeout: float) -> T:
+        future = asyncio.run_coroutine_threadsafe(work, self._loop)
+        try:
+            return future.result(timeout)
+        except TimeoutError:
+            future.cancel()
+            raise
+
+    async def _on_error(self, error: Exception) -> None:
+        text = str(error)
+        if "permissions violation" in text.lower():
+            self._violations.append(text.replace("nats: ", ""))
+            self._told(text)
+        self._last_error = text
+
+    async def _on_lost(self) -> None:
+        self._told("the server is away")
+
+
+_HINTS: dict[type[EngineError], str] = {
+    EngineError: "is the server running, and its port open from here? `potluck doctor` looks closer",
+    Refused: "ask the coordinator for an invite, or look whether it is of this run",
+}
+
+
+def _check(answer: Any, what: str) -> None:
+    """Raise what an answer of JetStream says went wrong."""
+    error = answer.get("error") if isinstance(answer, dict) else {"description": "no JSON"}
+    if not error:
+        return
+    text = f"{what}: {error.get('description', 'an error')}"
+    if error.get("err_code") in _STORE_IS_FULL:
+        raise StorageError(f"the message server's store is full ({text})", "give it more disk, or raise engine.storage")
+    raise EngineError(text)
+
+
+def ensure_stream(connection: Connection, config: dict[str, Any]) -> None:
+    """Make a stream, or give one that is there this configuration.
+
+    Raises:
+        EngineError: The server does neither.
+    """
+    try:
+        connection.api(f"STREAM.CREATE.{config['name']}", config)
+    except StorageError:
+        raise
+    except EngineError as error:
+        if "already in use" not in str(error):
+            raise
+        connection.api(f"STREAM.UPDATE.{config['name']}", config)
+
+
+def ensure_consumers(connection: Connection, stream: str, consumers: Sequence[dict[str, Any]]) -> None:
+    """Make durable pull consumers of a stream; those that are there stay as they are."""
+    for config in consumers:
+        name = config["durable_name"]
+        body = {"stream_name": stream, "config": config}
+        subject = f"CONSUMER.CREATE.{stream}.{name}"
+        connection.api(f"{subject}.{config['filter_subject']}" if "filter_subject" in config else subject, body)

@@ -1,0 +1,346 @@
+"""The coordinator's end: an engine whose participants are elsewhere."""
+
+from __future__ import annotations
+
+import queue
+import threading
+import time
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from potluck.contribution import Contribution, Packed, ParticipantId, ParticipantInfo, Reply, Task, TaskId
+from potluck.engine.nats.blobs import Blobs
+from potluck.engine.nats.connection import Connection, Delivery, ensure_consumers, ensure_stream
+from potluck.engine.nats.frames import Codec, Frame, read_frame, signed, task_name
+from potluck.engine.nats.members import Members
+from potluck.engine.nats.subjects import COORDINATOR, Names, participant_of, token
+from potluck.errors import EngineError, PotluckError
+from potluck.recipe.engine import Nats
+
+END = "end"
+_FETCHERS = 4
+Key = tuple[ParticipantId, str]
+Told = Callable[[ParticipantId, str], None]
+
+
+@dataclass(frozen=True)
+class Post:
+    """Everything that both ends of the engine need to write and read.
+
+    Attributes:
+        seed: One's own key.
+        keys: Public keys of those one listens to, by name.
+        folder: Where blobs are put.
+    """
+
+    connection: Connection
+    names: Names
+    seed: str
+    keys: Mapping[str, str]
+    blobs: Blobs
+    codec: Codec
+    folder: Path
+
+
+@dataclass(frozen=True)
+class _Sent:
+    """A task under way."""
+
+    id: TaskId
+    to: ParticipantId
+    name: str
+    at: float
+    down_bytes: int
+    ends: float
+    blob: str | None
+
+
+class NatsEngine:
+    """Runs participants on machines of their own.
+
+    Args:
+        post: Connection, keys, blobs.
+        settings: The recipe's engine table.
+        max_reply_bytes: No reply of the run is larger; one that announces more is refused unread.
+        refused: Told of what did not come to count: whose it seemed to be, and why. Called by ``receive``.
+    """
+
+    remote = True
+
+    def __init__(self, post: Post, members: Members, settings: Nats, max_reply_bytes: int, refused: Told) -> None:
+        self._post, self.members, self._settings = post, members, settings
+        self._max_reply_bytes, self._refused = max_reply_bytes, refused
+        self._began, self._count = time.monotonic(), 0
+        self._under_way: dict[Key, _Sent] = {}
+        self._early: dict[ParticipantId, tuple[str, Delivery, Frame]] = {}
+        self._answered: set[Key] = set()
+        self._states: dict[str, set[TaskId]] = {}
+        self._leftover = post.blobs.held(None)
+        self._packed: tuple[tuple[str, ...], Packed] | None = None
+        self._inbox: queue.Queue[Reply | tuple[ParticipantId, str]] = queue.Queue()
+        self._lock, self._over = threading.Lock(), threading.Event()
+        self._fetchers = ThreadPoolExecutor(_FETCHERS, "potluck-fetch")
+        for work in (self._listen, self._watch):
+            threading.Thread(target=work, name=f"potluck{work.__name__}", daemon=True).start()
+
+    def roster(self) -> Mapping[ParticipantId, ParticipantInfo]:
+        """Everybody whom the recipe names, there or not."""
+        return {
+            name: ParticipantInfo(name=name, evaluates=bool(member.said.get("evaluates", True)))
+            for name, member in self.members.of.items()
+        }
+
+    def now(self) -> float:
+        """Seconds since the engine began; everybody's deadline is measured by this clock alone."""
+        return time.monotonic() - self._began
+
+    def send(self, to: ParticipantId, task: Task) -> TaskId:
+        """Give a participant a task; to one that is not there it fails at once.
+
+        Raises:
+            StorageError: The server's store is full.
+            EngineError: The server does not come back.
+        """
+        self._count += 1
+        if self.members.presence(to) in ("absent", "reading", "left"):
+            reason = f"not here: {self.members.presence(to)}"
+            self._inbox.put(Reply(task=self._count, participant=to, status="failed", reason=reason))
+            return self._count
+        name, packed = task_name(task), self._pack(task)
+        inline = packed.size <= self._settings.inline_bytes
+        blob = None if inline else packed.fields["payload"]["sha256"]
+        facts = {"run": self._post.names.run, "task": name, "to": to, "message": packed.fields, "seconds": task.seconds}
+        frame = signed(self._post.seed, facts, b"".join(packed.parts) if inline else b"")
+        ends = float("inf") if task.seconds is None else self.now() + task.seconds
+        size = len(frame) + (0 if inline else packed.size)
+        sent = _Sent(self._count, to, name, self.now(), size, ends, blob)
+        if blob is not None:
+            self._put_state(blob, packed, sent)
+        with self._lock:
+            self._under_way[to, name] = sent
+            self._answered.discard((to, name))
+            early = self._early.pop(to, None)
+        if early is not None and early[0] == name:
+            self._take_in(early[1], early[2], sent)
+        else:
+            self._post.connection.store(self._post.names.task(to), frame)
+        return sent.id
+
+    def receive(self, timeout: float | None = None) -> Reply | None:
+        """The next reply; ``None`` after ``timeout`` seconds."""
+        until = None if timeout is None else time.monotonic() + timeout
+        while True:
+            try:
+                found = self._inbox.get(timeout=None if until is None else max(0.0, until - time.monotonic()))
+            except queue.Empty:
+                return None
+            if isinstance(found, Reply):
+                return found
+            self._refused(*found)
+
+    def cancel(self, task: TaskId) -> None:
+        """Forget a task: a reply to it is refused."""
+        with self._lock:
+            for key, sent in list(self._under_way.items()):
+                if sent.id == task:
+                    del self._under_way[key]
+                    self._release(sent)
+
+    def end(self, reason: str, patience: float) -> None:
+        """Tell everybody that the run is over, and wait until those who are there have heard it."""
+        for name in self.members.of:
+            if self.members.presence(name) in ("ready", "working"):
+                facts = {"run": self._post.names.run, "task": END, "to": name, "reason": reason}
+                self._post.connection.store(self._post.names.task(name), signed(self._post.seed, facts))
+        until = time.monotonic() + patience
+        while time.monotonic() < until:
+            state = self._post.connection.api(f"STREAM.INFO.{self._post.names.tasks}")["state"]
+            if not state["messages"]:
+                return
+            time.sleep(0.05)
+
+    def close(self) -> None:
+        """Stop listening."""
+        self._over.set()
+        self._fetchers.shutdown(wait=False, cancel_futures=True)
+
+    # --- replies -----------------------------------------------------------------------------------
+
+    def _listen(self) -> None:
+        asked = self._post.names.next(self._post.names.replies, COORDINATOR)
+        while not self._over.is_set():
+            try:
+                if (delivery := self._post.connection.take(asked, 2.0)) is not None:
+                    self._sort(delivery)
+            except PotluckError as error:
+                self._inbox.put(("the server", str(error)))
+                time.sleep(1.0)
+
+    def _sort(self, delivery: Delivery) -> None:
+        """A reply to its task; what belongs to none is refused."""
+        name = participant_of(delivery.subject)
+        try:
+            frame = read_frame(delivery.data, self._post.keys.get(name, ""))
+            task = self._expected(name, frame.facts)
+        except EngineError as error:
+            self._inbox.put((name, str(error)))
+            delivery.done()
+            return
+        with self._lock:
+            sent = self._under_way.get((name, task))
+            if sent is None and (name, task) not in self._answered:
+                self._early[name] = (task, delivery, frame)  # after a restart it may come before it is asked for
+        if sent is not None:
+            self._take_in(delivery, frame, sent)
+        elif (name, task) in self._answered:
+            self._inbox.put((name, f"replay: task {task} was answered before, or is over"))
+            delivery.done()
+
+    def _expected(self, name: ParticipantId, facts: Mapping[str, Any]) -> str:
+        if facts.get("run") != self._post.names.run:
+            raise EngineError("a reply of another run")
+        if facts.get("from") != name or not isinstance(facts.get("task"), str):
+            raise EngineError("a reply that says it is somebody else's")
+        return str(facts["task"])
+
+    def _take_in(self, delivery: Delivery, frame: Frame, sent: _Sent) -> None:
+        """Fetch what belongs to a reply, then let it count once."""
+        delivery.done()
+        with self._lock:
+            self._answered.add((sent.to, sent.name))
+        if frame.blob is None:
+            self._finish(sent, self._reply(frame, sent, frame.payload))
+        else:
+            self._fetchers.submit(self._fetch, frame, sent, *frame.blob)
+
+    def _fetch(self, frame: Frame, sent: _Sent, digest: str, size: int) -> None:
+        path = self._post.folder / f"{sent.to}-{digest}.safetensors"
+        try:
+            if size > self._max_reply_bytes:
+                raise EngineError(f"oversized: {size} bytes, at most {self._max_reply_bytes} are expected")
+            give_up = lambda: self._over.is_set() or self.now() > sent.ends or not self._awaited(sent)  # noqa: E731
+            self._post.blobs.get(sent.to, digest, size, path, give_up)
+            reply = self._reply(frame, sent, path)
+        except PotluckError as error:
+            reply = self._failed(sent, "rejected", str(error))
+        except Exception as error:  # a defect here must not leave the round without an answer
+            reply = self._failed(sent, "rejected", f"{type(error).__name__}: {error}")
+        finally:
+            path.unlink(missing_ok=True)  # what is mapped stays until it is let go
+        self._finish(sent, reply)
+        try:
+            self._post.blobs.drop(sent.to, digest)
+        except PotluckError as error:
+            self._inbox.put((sent.to, f"its blob could not be dropped: {error}"))
+
+    def _reply(self, frame: Frame, sent: _Sent, payload: bytes | Path | None) -> Reply:
+        status, up_bytes = frame.facts.get("status"), frame.size + (frame.blob[1] if frame.blob else 0)
+        if status != "ok":
+            return replace(self._failed(sent, "failed", str(frame.facts.get("reason", ""))), up_bytes=up_bytes)
+        try:
+            contribution = self._post.codec.unpack(frame.facts.get("message"), payload)
+        except PotluckError as error:
+            return replace(self._failed(sent, "rejected", str(error)), up_bytes=up_bytes)
+        if not isinstance(contribution, Contribution):
+            return self._failed(sent, "rejected", "a task where a contribution was asked for")
+        done = replace(self._failed(sent, "failed", ""), status="ok", contribution=contribution, up_bytes=up_bytes)
+        return replace(done, lasting=True)
+
+    def _failed(self, sent: _Sent, status: Any, reason: str) -> Reply:
+        return Reply(
+            task=sent.id,
+            participant=sent.to,
+            status=status,
+            reason=reason,
+            down_bytes=sent.down_bytes,
+            seconds=self.now() - sent.at,
+        )
+
+    def _finish(self, sent: _Sent, reply: Reply) -> None:
+        with self._lock:
+            awaited = self._under_way.pop((sent.to, sent.name), None)
+            self._release(sent)
+        if awaited is not None:
+            self._inbox.put(reply)
+
+    def _awaited(self, sent: _Sent) -> bool:
+        return (sent.to, sent.name) in self._under_way
+
+    # --- states and members ------------------------------------------------------------------------
+
+    def _pack(self, task: Task) -> Packed:
+        """A task's bytes; the tensors of one state are packed once for all."""
+        key = (task.state, *sorted(task.tensors))
+        like = self._packed[1] if self._packed is not None and self._packed[0] == key else None
+        packed = self._post.codec.pack(task, like)
+        if task.tensors:
+            self._packed = (key, packed)
+        return packed
+
+    def _put_state(self, digest: str, packed: Packed, sent: _Sent) -> None:
+        """Store a state once for all who are sent it, and forget those that no task needs."""
+        new = digest not in self._states
+        with self._lock:
+            self._states.setdefault(digest, set()).add(sent.id)
+            idle = [other for other, tasks in self._states.items() if not tasks]
+        if not new:
+            return
+        for other in idle:
+            self._post.blobs.drop(None, other)
+            self._states.pop(other, None)
+        if len(self._states) > 1:  # what an earlier session left may be needed until its tasks are asked again
+            for other in self._leftover - self._states.keys():
+                self._post.blobs.drop(None, other)
+            self._leftover = set()
+        self._post.blobs.put(None, digest, packed.parts, lambda: self._over.is_set() or self.now() > sent.ends)
+
+    def _release(self, sent: _Sent) -> None:
+        if sent.blob is not None and sent.blob in self._states:
+            self._states[sent.blob].discard(sent.id)
+
+    def _watch(self) -> None:
+        """Look for signs of life; whoever says that it leaves takes its open tasks with it."""
+        while not self._over.wait(min(1.0, self._settings.heartbeat)):
+            try:
+                self.members.look()
+            except PotluckError:
+                continue  # the server is away; the connection says so itself
+            with self._lock:
+                gone = [sent for (name, _), sent in self._under_way.items() if self.members.presence(name) == "left"]
+            for sent in gone:
+                self._finish(sent, self._failed(sent, "failed", "it left before it answered"))
+
+
+def make_streams(connection: Connection, names: Names, participants: Sequence[ParticipantId], storage: int) -> None:
+    """The run's streams, bucket and consumers; what is there stays.
+
+    Args:
+        storage: Bytes that the server may keep in all.
+
+    Raises:
+        StorageError: The server has less room than that.
+        EngineError: The server does not make them.
+    """
+    common = {"storage": "file", "discard": "new", "num_replicas": 1}  # refuse what does not fit, lose nothing
+    queue_like = {**common, "retention": "workqueue", "max_msg_size": 1 << 20, "max_bytes": max(storage // 20, 1 << 24)}
+    chunky = {**common, "retention": "limits", "allow_direct": True, "max_msgs_per_subject": 1}
+    ensure_stream(connection, {**queue_like, "name": names.tasks, "subjects": [names.task("*")]})
+    ensure_stream(connection, {**queue_like, "name": names.replies, "subjects": [names.reply("*")]})
+    half = storage * 2 // 5
+    states = {"name": names.states, "subjects": [names.state(">"), names.about]}
+    uploads = {"name": names.uploads, "subjects": [f"potluck.{names.run}.upload.>"]}
+    for stream in (states, uploads):
+        ensure_stream(connection, {**chunky, **stream, "max_bytes": half})
+    bucket = {"name": f"KV_{names.members}", "subjects": [f"$KV.{names.members}.>"], "max_bytes": 1 << 24}
+    ensure_stream(connection, {**chunky, **bucket, "allow_rollup_hdrs": True})
+    wait = 30 * 10**9
+    consumer = {"ack_policy": "explicit", "ack_wait": wait, "max_deliver": -1}
+    ensure_consumers(
+        connection,
+        names.tasks,
+        [{**consumer, "durable_name": token(n), "filter_subject": names.task(n)} for n in participants],
+    )
+    ensure_consumers(connection, names.replies, [{**consumer, "durable_name": COORDINATOR}])

@@ -1,0 +1,81 @@
+"""Who is there: each participant's value in the key-value bucket, and when it last changed by our own clock."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from potluck.contribution import ParticipantId
+from potluck.engine.nats.connection import Connection
+from potluck.engine.nats.subjects import Names
+
+Presence = Literal["absent", "reading", "ready", "working", "left", "silent"]
+_SAID = ("reading", "ready", "working", "left")
+
+
+@dataclass
+class Member:
+    """One participant as it presents itself.
+
+    Attributes:
+        said: Its last sign of life: ``status``, ``session``, ``holding``, ``task`` and other facts.
+        revision: Of its value; one that does not grow is no sign of life.
+        seen: When it last grew, on our monotonic clock: participants' clocks may be wrong.
+    """
+
+    said: Mapping[str, Any] = field(default_factory=dict)
+    revision: int = 0
+    seen: float = float("-inf")
+
+    def presence(self, now: float, silence: float) -> Presence:
+        """Where it is."""
+        status = self.said.get("status")
+        if status not in _SAID:
+            return "absent"
+        if status != "left" and now - self.seen > silence:
+            return "silent"
+        return status  # type: ignore[no-any-return]
+
+
+class Members:
+    """All participants' values, read again and again: no subscription has to survive the server."""
+
+    def __init__(self, connection: Connection, names: Names, participants: Iterable[ParticipantId], silence: float):
+        self._connection, self._names, self._silence = connection, names, silence
+        self.of = {name: Member() for name in participants}
+
+    def look(self) -> None:
+        """Read everybody's value.
+
+        Raises:
+            EngineError: The server is away.
+        """
+        for name, member in self.of.items():
+            direct = self._names.direct(f"KV_{self._names.members}", self._names.member(name))
+            found = self._connection.last(direct, patience=5.0)
+            if found is None:
+                continue
+            data, headers = found
+            revision = int(headers.get("Nats-Sequence", 0))
+            if revision <= member.revision:
+                continue
+            try:
+                said = json.loads(data)
+            except ValueError:
+                continue
+            if isinstance(said, dict):
+                member.said, member.revision, member.seen = said, revision, time.monotonic()
+
+    def presence(self, name: ParticipantId) -> Presence:
+        """Where a participant is."""
+        return self.of[name].presence(time.monotonic(), self._silence)
+
+    def facts(self, name: ParticipantId) -> dict[str, Any]:
+        """What ``potluck status`` shows of one."""
+        member = self.of[name]
+        ago = time.monotonic() - member.seen
+        seen = None if ago == float("inf") else round(ago, 1)
+        return {"presence": self.presence(name), "seen_seconds_ago": seen, **member.said}

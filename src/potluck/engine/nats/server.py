@@ -1,0 +1,190 @@
+"""A `nats-server` for one run: its configuration, its process, and its certificate."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from potluck.engine.nats.identity import write_secret
+from potluck.engine.nats.subjects import Permissions
+from potluck.errors import EngineError, MissingExtra
+from potluck.files import storing
+
+LOOPBACK = ("127.0.0.1", "::1", "localhost")
+MEMORY_LIMIT = "200MiB"  # of the Go runtime; a stream's chunks are on disk
+
+
+@dataclass(frozen=True, kw_only=True)
+class ServerSettings:
+    """What the configuration says.
+
+    Attributes:
+        host, port: Where it listens.
+        folder: Of configuration, log and store.
+        users: Permissions by public key.
+        secure: Encrypt, with ``certificate.pem`` and ``certificate.key`` of the folder.
+        storage: Bytes that JetStream may keep.
+    """
+
+    host: str
+    port: int
+    folder: Path
+    users: Mapping[str, Permissions]
+    secure: bool
+    storage: int
+
+
+def server_config(settings: ServerSettings) -> str:
+    """The configuration of a server for one run.
+
+    Raises:
+        EngineError: Without TLS it would listen beyond this machine.
+    """
+    if not settings.secure and settings.host not in LOOPBACK:
+        raise EngineError(
+            f"{settings.host}: without TLS a server listens on loopback only", "leave out --insecure-loopback"
+        )
+    folder, users = settings.folder.absolute(), []
+    for key, permissions in settings.users.items():
+        publish, subscribe = ([f'"{subject}"' for subject in side] for side in _sides(permissions))
+        users.append(
+            f'    {{ nkey: "{key}", permissions: {{\n'
+            f"        publish: {{ allow: [{', '.join(publish)}] }}\n"
+            f"        subscribe: {{ allow: [{', '.join(subscribe)}] }}\n    }} }}"
+        )
+    tls = (
+        f'tls {{\n    cert_file: "{folder / "certificate.pem"}"\n    key_file: "{folder / "certificate.key"}"\n'
+        "    handshake_first: true\n    timeout: 5\n}\n"
+        if settings.secure
+        else ""
+    )
+    return (
+        f'server_name: "potluck"\nlisten: "{settings.host}:{settings.port}"\n'
+        f'log_file: "{folder / "server.log"}"\nlogfile_size_limit: 10MB\nlogtime_utc: true\n'
+        f"max_payload: 1MB\nmax_control_line: 4KB\nmax_connections: {8 * len(settings.users) + 32}\n"
+        f'max_subscriptions: 64\nmax_pending: 64MB\nwrite_deadline: "20s"\nping_interval: "10s"\nping_max: 2\n'
+        f"{tls}"
+        f'jetstream {{\n    store_dir: "{folder / "store"}"\n    max_memory_store: 0\n'
+        f"    max_file_store: {settings.storage}\n}}\n"
+        f"authorization {{\n    timeout: 5\n    users: [\n{os.linesep.join(users)}\n    ]\n}}\n"
+    )
+
+
+def find_server() -> str:
+    """The `nats-server` to run: of the pip package beside this Python, else from PATH.
+
+    Raises:
+        MissingExtra: There is none.
+    """
+    beside = Path(sys.executable).with_name("nats-server")
+    found = str(beside) if beside.exists() else shutil.which("nats-server")
+    if found is None:
+        hint = "pip install 'potluck[nats]' brings one; or put nats-server on PATH, or name a server with --server"
+        raise MissingExtra("there is no nats-server here", hint)
+    return found
+
+
+class Server:
+    """A server process that is started again if it dies, and found again by whoever comes after us.
+
+    Args:
+        settings: Its configuration, written to ``server.conf``.
+        told: Told when it starts or dies.
+    """
+
+    def __init__(self, settings: ServerSettings, told: Callable[[str], None]) -> None:
+        self.settings, self._told = settings, told
+        self._binary, self._pid = find_server(), settings.folder / "server.pid"
+        self._over = threading.Event()
+        self.write_config()
+
+    def write_config(self) -> None:
+        """Write the configuration; a running server takes up changed users when it is told to reload."""
+        write_secret(self.settings.folder / "server.conf", server_config(self.settings))
+
+    def start(self) -> None:
+        """Start it, or take over the one that an earlier process of this run left; then watch it."""
+        if self.running() is None:
+            self._spawn()
+        else:
+            self.reload()
+            self._told("the message server of this run is still there")
+        threading.Thread(target=self._watch, name="potluck-server", daemon=True).start()
+
+    def running(self) -> int | None:
+        """Its process, if it is alive."""
+        try:
+            pid = int(self._pid.read_text())
+            command = Path(f"/proc/{pid}/cmdline").read_bytes()
+            state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+        except (OSError, ValueError):
+            return None
+        return pid if str(self.settings.folder.absolute()).encode() in command and state != "Z" else None
+
+    def reload(self) -> None:
+        """Let it read its configuration again: users may have changed."""
+        if (pid := self.running()) is not None:
+            os.kill(pid, signal.SIGHUP)
+
+    def stop(self, patience: float = 10.0) -> None:
+        """End it in order."""
+        self._over.set()
+        if (pid := self.running()) is None:
+            return
+        os.kill(pid, signal.SIGTERM)
+        until = time.monotonic() + patience
+        while self.running() is not None and time.monotonic() < until:
+            self._reap()
+            time.sleep(0.02)
+        self._pid.unlink(missing_ok=True)
+
+    def _spawn(self) -> None:
+        config = self.settings.folder.absolute() / "server.conf"
+        output = self.settings.folder / "server.out"
+        with storing(output), output.open("ab") as file:
+            self._process = subprocess.Popen(
+                [self._binary, "-c", str(config)],
+                stdin=subprocess.DEVNULL,
+                stdout=file,
+                stderr=file,
+                start_new_session=True,  # it outlives a coordinator that is killed
+                env={**os.environ, "GOMEMLIMIT": MEMORY_LIMIT},
+            )
+        with storing(self._pid):
+            self._pid.write_text(str(self._process.pid))
+        time.sleep(0.1)
+        if self._process.poll() is not None:
+            said = [_last_line(path) for path in (output, self.settings.folder / "server.log")]
+            raise EngineError(f"nats-server does not start: {'; '.join(filter(None, said))}", f"see {output}")
+
+    def _watch(self) -> None:
+        while not self._over.wait(0.25):
+            self._reap()
+            if self.running() is None and not self._over.is_set():
+                self._told("the message server died; starting it again")
+                try:
+                    self._spawn()
+                except EngineError as error:
+                    self._told(str(error))
+                    self._over.wait(1.0)
+
+    def _reap(self) -> None:
+        process = getattr(self, "_process", None)
+        if process is not None:
+            process.poll()
+
+
+def _last_line(path: Path) -> str:
+    return path.read_text(errors="replace").strip().rpartition("\n")[2] if path.exists() else ""
+
+
+def _sides(permissions: Permissions) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    return permissions.publish, permissions.subscribe

@@ -1,0 +1,185 @@
+"""A participant's end: the next task, the answer to it, and signs of life."""
+
+from __future__ import annotations
+
+import json
+import threading
+import uuid
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from potluck.contribution import Contribution, Packed, Task
+from potluck.engine.nats.connection import Delivery
+from potluck.engine.nats.coordinator import END, Post
+from potluck.engine.nats.frames import Frame, read_frame, signed
+from potluck.engine.nats.subjects import COORDINATOR, token
+from potluck.errors import EngineError, PotluckError
+
+
+@dataclass(frozen=True)
+class Received:
+    """A task as it came.
+
+    Attributes:
+        name: The name under which it counts once.
+        fields: Of its message, before its payload is fetched: kind, revision, parameters.
+        seconds: How long an answer is waited for; ``None`` is for ever.
+        payload_bytes: What must be fetched, or came along.
+    """
+
+    delivery: Delivery
+    frame: Frame
+    name: str
+
+    @property
+    def fields(self) -> Mapping[str, Any]:
+        """What it says beside its tensors."""
+        return self.frame.facts["message"]  # type: ignore[no-any-return]
+
+    @property
+    def seconds(self) -> float | None:
+        """How long an answer is waited for."""
+        return self.frame.facts.get("seconds")
+
+    @property
+    def payload_bytes(self) -> int:
+        """Size of its tensors as sent."""
+        named = self.fields.get("payload")
+        return int(named["bytes"]) if named else 0
+
+    @property
+    def ends(self) -> bool:
+        """Whether it says that the run is over."""
+        return self.name == END
+
+
+class Site:
+    """One participant at the server.
+
+    Args:
+        post: Connection, one's own key, the coordinator's.
+        name: Whose site it is.
+        heartbeat: Seconds between two signs of life.
+        told: Told what a person should know, in words for a log.
+    """
+
+    def __init__(self, post: Post, name: str, heartbeat: float, told: Callable[[str], None]) -> None:
+        self.post, self.name, self._told = post, name, told
+        self._said: dict[str, Any] = {"session": uuid.uuid4().hex[:12]}
+        self._over = threading.Event()
+        self._changed = threading.Event()
+        self._heartbeat = heartbeat
+        threading.Thread(target=self._beat, name="potluck-heartbeat", daemon=True).start()
+
+    def about(self) -> tuple[Mapping[str, Any], bytes | None] | None:
+        """What the run is about, signed by the coordinator; ``None`` if that is not there yet.
+
+        Raises:
+            EngineError: The server is away, or it is not what the coordinator signed.
+        """
+        names = self.post.names
+        found = self.post.connection.last(names.direct(names.states, names.about))
+        if found is None:
+            return None
+        frame = read_frame(found[0], self.post.keys[COORDINATOR])
+        if frame.facts.get("run") != names.run:
+            raise EngineError("the server tells of another run")
+        if frame.blob is None:
+            return frame.facts, frame.payload
+        path = self.post.folder / f"about-{frame.blob[0]}"
+        self.post.blobs.get(None, *frame.blob, path, self._over.is_set)
+        return frame.facts, path.read_bytes()
+
+    def say(self, **facts: Any) -> None:
+        """Change what the signs of life say, and send one."""
+        self._said |= facts
+        self._changed.set()
+
+    def next(self, wait: float) -> Received | None:
+        """The next task, if one comes within ``wait`` seconds."""
+        names = self.post.names
+        delivery = self.post.connection.take(names.next(names.tasks, token(self.name)), wait)
+        if delivery is None:
+            return None
+        try:
+            frame = read_frame(delivery.data, self.post.keys[COORDINATOR])
+            facts = frame.facts
+            if facts.get("run") != names.run or facts.get("to") != self.name or not isinstance(facts.get("task"), str):
+                raise EngineError("a task of another run, or for somebody else")
+        except EngineError as error:
+            self._told(f"refused: {error}")
+            delivery.done()
+            return None
+        return Received(delivery, frame, facts["task"])
+
+    def task(self, received: Received, give_up: Callable[[], bool]) -> Task:
+        """The task itself, with its tensors.
+
+        Raises:
+            EngineError: They did not come before ``give_up``.
+            TrainingError: It is not a task.
+        """
+        payload: bytes | Path | None = received.frame.payload
+        if received.frame.blob is not None:
+            digest, size = received.frame.blob
+            payload = self.post.folder / f"{digest}.safetensors"
+            if not payload.exists():
+                for old in self.post.folder.glob("*.safetensors*"):
+                    if not old.name.startswith(digest):
+                        old.unlink(missing_ok=True)
+                self.post.blobs.get(None, digest, size, payload, give_up)
+        message = self.post.codec.unpack(received.fields, payload)
+        if not isinstance(message, Task):
+            raise EngineError("a contribution where a task should be")
+        return message
+
+    def answer(self, name: str, contribution: Contribution | None, reason: str, give_up: Callable[[], bool]) -> None:
+        """Send the answer to a task: a contribution, or why there is none.
+
+        Raises:
+            StorageError: The server's store stayed full.
+            EngineError: The server did not come back before ``give_up``.
+        """
+        post = self.post
+        facts: dict[str, Any] = {"run": post.names.run, "task": name, "from": self.name}
+        if contribution is None:
+            frame = signed(post.seed, {**facts, "status": "failed", "reason": reason})
+        else:
+            packed: Packed = post.codec.pack(contribution)
+            payload = packed.fields.get("payload")
+            inline = packed.size <= INLINE_BYTES
+            if payload and not inline:
+                post.blobs.put(self.name, payload["sha256"], packed.parts, give_up)
+            facts |= {"status": "ok", "message": packed.fields}
+            frame = signed(post.seed, facts, b"".join(packed.parts) if inline else b"")
+        post.connection.store(post.names.reply(self.name), frame, patience=600.0)
+
+    def close(self) -> None:
+        """Say no more."""
+        self._over.set()
+        self._changed.set()
+
+    def sign_of_life(self) -> None:
+        """Send one now.
+
+        Raises:
+            EngineError: The server is away.
+        """
+        data = json.dumps(self._said).encode()
+        self.post.connection.store(self.post.names.member(self.name), data, patience=5.0)
+
+    def _beat(self) -> None:
+        while not self._over.is_set():
+            self._changed.wait(self._heartbeat)
+            self._changed.clear()
+            if self._over.is_set() or "status" not in self._said:
+                continue
+            try:
+                self.sign_of_life()
+            except PotluckError:
+                continue  # the connection says itself that the server is away
+
+
+INLINE_BYTES = 256 * 1024
