@@ -115,6 +115,116 @@ def compare(
 
 
 @app.command()
+def host(
+    recipe: RecipeArgument,
+    settings: SetOption = None,
+    listen: Annotated[str, typer.Option(help="Where the message server listens, `HOST:PORT`.")] = "0.0.0.0:4222",
+    advertise: Annotated[
+        list[str] | None, typer.Option(help="`HOST` or `HOST:PORT` by which participants reach it.")
+    ] = None,
+    server: Annotated[str | None, typer.Option(help="A server that is there already, `tls://HOST:PORT`.")] = None,
+    certificate: Annotated[
+        Path | None, typer.Option(help="What that server shows, PEM; else the system's authorities vouch for it.")
+    ] = None,
+    key: Annotated[
+        list[str] | None, typer.Option(metavar="NAME=PUBLIC", help="A participant's own public key.")
+    ] = None,
+    rotate: Annotated[
+        list[str] | None, typer.Option(metavar="NAME", help="Make a new key for a participant, or a new `certificate`.")
+    ] = None,
+    insecure_loopback: Annotated[
+        bool, typer.Option("--insecure-loopback", help="No TLS; only on this machine.")
+    ] = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Coordinate a run whose participants join from machines of their own; started again, go on with it."""
+    from potluck.engine.nats.premises import Place
+    from potluck.machines import Hosting
+    from potluck.machines import host as run
+
+    address, port = _address(listen, "--listen")
+    if insecure_loopback and address == "0.0.0.0":
+        address = "127.0.0.1"
+    place = Place(
+        host=address, port=port, advertised=tuple(advertise or ()), secure=not insecure_loopback, url=server or "",
+        certificate=certificate,
+    )  # fmt: skip
+    pairs = [item.partition("=") for item in key or ()]
+    hosting = Hosting(place=place, own_keys={name: public for name, _, public in pairs}, rotate=rotate or ())
+    _print(run(recipe, settings or (), hosting, _progress()), as_json)
+
+
+@app.command()
+def join(
+    url: Annotated[
+        str | None, typer.Argument(metavar="[URL]", help="The server; that of the invite if left out.")
+    ] = None,
+    invite: Annotated[Path | None, typer.Option(help="The invite, a secret.")] = None,
+    data: Annotated[Path | None, typer.Option(help="A folder of text files: this participant's text.")] = None,
+    part: Annotated[Path | None, typer.Option(help="This participant's own part of the recipe, a TOML file.")] = None,
+    model: Annotated[Path | None, typer.Option(help="Own copy of the model folder that the run goes on from.")] = None,
+    device: Annotated[str | None, typer.Option(help="`auto`, `cpu`, `cuda` or `cuda:N`.")] = None,
+    allow: Annotated[list[str] | None, typer.Option(help="Allow this kind of task, too.")] = None,
+    max_local_steps: Annotated[int | None, typer.Option(min=1, help="Local steps in one task, at most.")] = None,
+    max_bytes: Annotated[int | None, typer.Option(min=1, help="Tensors of one message, at most.")] = None,
+    folder: Annotated[Path | None, typer.Option(help="Where its state is kept; `joined/...` if left out.")] = None,
+    key: Annotated[Path | None, typer.Option(help="Own key file, if the invite holds none.")] = None,
+    make_key: Annotated[Path | None, typer.Option(help="Make a key, print its public half, and leave.")] = None,
+    ask: Annotated[bool, typer.Option("--ask", help="Ask before joining.")] = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Take part in a run with one's own text, which stays here; dial out to one port only."""
+    from potluck.machines import Joining, make_own_key, own_part
+    from potluck.machines import join as run
+
+    if make_key is not None:
+        _print(make_own_key(make_key), as_json)
+        return
+    if invite is None:
+        raise typer.BadParameter("must be given", param_hint="--invite")
+    mine = own_part(part, data, model, device, allow or (), max_local_steps, max_bytes)
+    _print(run(url, invite, mine, Joining(folder=folder, key=key, ask=ask), _progress()), as_json)
+
+
+@app.command()
+def status(
+    run: Annotated[
+        Path | None, typer.Argument(metavar="[RUN]", help="A run folder on the coordinator's machine.")
+    ] = None,
+    invite: Annotated[Path | None, typer.Option(help="The watcher's invite, elsewhere.")] = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Who is there, and how far the run is; from any terminal, or with the watcher's invite from any machine."""
+    from potluck.looking import run_status
+    from potluck.looking import show_status as show
+
+    found = run_status(run, invite)
+    if as_json:
+        _print_json(found)
+    else:
+        show(found)
+
+
+@app.command()
+def doctor(
+    invite: Annotated[Path, typer.Option(help="The invite of whoever cannot join.")],
+    key: Annotated[Path | None, typer.Option(help="Own key file, if the invite holds none.")] = None,
+    folder: Annotated[Path, typer.Option(help="Where state would be kept: is there room?")] = Path("joined"),
+    as_json: JsonOption = False,
+) -> None:
+    """Test what joining needs: reachability, TLS, key, permissions, clock, disk, bandwidth."""
+    from potluck.looking import examine_access, show_findings
+
+    found = examine_access(invite, key, folder)
+    if as_json:
+        _print_json(found)
+    else:
+        show_findings(found)
+    if not found["ok"]:
+        raise typer.Exit(11)
+
+
+@app.command()
 def evaluate(
     run: RunArgument,
     model: Annotated[Path | None, typer.Option(help="Evaluate this model folder in place of the run's model.")] = None,
@@ -203,6 +313,13 @@ def _progress() -> Console:
     from rich.console import Console
 
     return Console(stderr=True)
+
+
+def _address(text: str, option: str) -> tuple[str, int]:
+    host, colon, port = text.rpartition(":")
+    if not colon or not port.isdigit() or not 0 < int(port) < 65536:
+        raise typer.BadParameter(f"{text}: write HOST:PORT", param_hint=option)
+    return host.strip("[]"), int(port)
 
 
 def _parsed(parse: Callable[[str], float], text: str, option: str) -> float:

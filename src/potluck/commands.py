@@ -31,6 +31,7 @@ from potluck.models.export import export_folder
 from potluck.models.flat import flatten
 from potluck.preflight import forecast
 from potluck.recipe import Recipe, load_recipe, recipe_toml
+from potluck.recipe.engine import Nats
 from potluck.recipe.schema import ModelFolder, TokenizerFolder
 from potluck.records.card import model_card
 from potluck.records.checkpoint import Checkpoint, load_checkpoint
@@ -47,7 +48,7 @@ Result = dict[str, Any]
 
 def train(recipe_path: Path, settings: Sequence[str], console: Console) -> Result:
     """Train together, export, report."""
-    recipe = _checked_recipe(recipe_path, settings, console)
+    recipe = checked_recipe(recipe_path, settings, console)
     folder = run_folder(recipe)
     with locked(folder):
         create_run(folder, recipe, Variant("together", recipe.participant_names))
@@ -56,7 +57,7 @@ def train(recipe_path: Path, settings: Sequence[str], console: Console) -> Resul
 
 def compare(recipe_path: Path, settings: Sequence[str], console: Console, pooled: bool) -> Result:
     """Train together, each alone, and pooled; compare."""
-    recipe = _checked_recipe(recipe_path, settings, console)
+    recipe = checked_recipe(recipe_path, settings, console)
     if POOLED in recipe.participant_names:
         raise RecipeError(f"participants: {POOLED!r} is the name of the pooled run", "rename that participant")
     folder = run_folder(recipe)
@@ -121,8 +122,16 @@ def export(folder: Path, to: Path | None, number: int | None, best: bool) -> Res
     return {"model": str(_export(folder, to or folder / "model", number, best))}
 
 
-def _checked_recipe(path: Path, settings: Sequence[str], console: Console) -> Recipe:
+def checked_recipe(path: Path, settings: Sequence[str], console: Console) -> Recipe:
+    """A recipe whose participants are in this process, with the warnings that a run of it deserves.
+
+    Raises:
+        RecipeError: It is wrong, or its participants are elsewhere.
+    """
     recipe = load_recipe(path, settings)
+    if isinstance(recipe.engine, Nats):
+        hint = f"`potluck host {path}` coordinates it; or --set engine.kind=inprocess"
+        raise RecipeError(f"{path}: its participants are on machines of their own", hint)
     for warning in forecast(recipe).warnings:
         console.print(f"[yellow]warning:[/] {warning}", highlight=False)
     return recipe
@@ -130,8 +139,13 @@ def _checked_recipe(path: Path, settings: Sequence[str], console: Console) -> Re
 
 def _train(folder: Path, recipe: Recipe, variant: Variant, console: Console, number: int | None) -> Result:
     planned = Planned(folder, variant, recipe)
-    with _resumable(folder, console) as stopping:
+    with resumable(f"potluck resume {folder}", console) as stopping:
         _run(prepare(recipe, console.print), planned, console, "", stopping, number)
+    return close_run(folder, console)
+
+
+def close_run(folder: Path, console: Console) -> Result:
+    """Export a finished run's model, write its report, and say what it came to."""
     model = _export(folder, folder / "model", None, False)
     record = read_run(folder)
     union = record.evaluations[-1].union
@@ -146,7 +160,7 @@ def _train(folder: Path, recipe: Recipe, variant: Variant, console: Console, num
 
 
 def _compare(folder: Path, recipe: Recipe, pooled: bool, console: Console) -> Result:
-    with _resumable(folder, console) as stopping:
+    with resumable(f"potluck resume {folder}", console) as stopping:
         workplace = prepare(recipe, console.print)
         for planned in planned_runs(recipe, folder, pooled):
             prefix = str(planned.folder.relative_to(folder)).replace("/", " ")
@@ -163,9 +177,8 @@ def _compare(folder: Path, recipe: Recipe, pooled: bool, console: Console) -> Re
 
 
 @contextmanager
-def _resumable(folder: Path, console: Console) -> Iterator[Stopping]:
+def resumable(hint: str, console: Console) -> Iterator[Stopping]:
     """Where Ctrl-C and SIGTERM end in how to go on."""
-    hint = f"potluck resume {folder}"
     try:
         with Stopping() as stopping:
             yield stopping

@@ -19,6 +19,7 @@ from potluck.local.optimizers import InnerOptimizer
 from potluck.local.steps import StepReport, joined, local_steps
 from potluck.local.streams import AdaptiveState, stream_steps
 from potluck.local_state import LocalState
+from potluck.models.flat import state_hash
 from potluck.recipe import Recipe
 from potluck.recipe.schedules import rate_factor
 from potluck.recipe.schema import OuterNesterov
@@ -61,6 +62,9 @@ class Participant:
         try:
             shared = absorb(self.recipe.updates.download, self.fragments, task.tensors, self.state.shared)
             self.state.shared = shared
+            if task.state and state_hash(shared) != task.state:
+                self.state.shared = None  # the coordinator will send all of it
+                raise TrainingError("the shared state here is not the one that the task names")
             return _TASKS[task.kind](self, task, shared)
         except (RuntimeError, MemoryError, IndexError) as error:  # what torch raises, out of memory above all
             reason = (str(error).splitlines() or [type(error).__name__])[0]

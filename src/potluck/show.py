@@ -10,9 +10,12 @@ import tomli_w
 from rich.console import Console
 from rich.table import Table
 
+from potluck.asking import Asks
+from potluck.engine.nats.identity import Invite
 from potluck.errors import MissingExtra, StorageError
 from potluck.planning import ENOUGH, PERIODS, Plan, Setting
 from potluck.preflight import Forecast
+from potluck.recipe.part import Part
 from potluck.records.charts import PALETTE
 from potluck.records.live import comparison_table
 from potluck.records.units import bytes_text, count_text, duration_text
@@ -123,6 +126,30 @@ def show_result(result: Mapping[str, Any]) -> None:
     for key in ("run", "round", "rounds", "total_tokens", "bits_per_byte", "model", "report"):
         if result.get(key) is not None:
             console.print(f"{key.replace('_', ' ')}: {result[key]}", markup=False)
+
+
+def show_asks(asks: Asks, part: Part, invite: Invite, console: Console) -> None:
+    """What a run asks of a participant, beside what the participant allows, before it joins."""
+    policy = part.policy
+    table = Table("", "the run asks", "this participant allows", box=None, pad_edge=False, title_justify="left")
+    table.title = f"{invite.participant} in {asks.recipe} (run {invite.run}, {' '.join(invite.urls)})"
+    parameters = "known once it begins" if asks.parameters is None else count_text(asks.parameters)
+    message = "known once it begins" if asks.message_bytes is None else bytes_text(asks.message_bytes)
+    for row in (
+        ("tasks", ", ".join(asks.kinds), ", ".join(policy.kinds)),
+        ("local steps a task", str(asks.local_steps), f"at most {policy.max_local_steps}"),
+        ("rounds", f"{asks.rounds} of {count_text(asks.tokens_per_round)} tokens", ""),
+        ("parameters", parameters, f"at most {count_text(policy.max_parameters)}"),
+        ("a message", message, f"at most {bytes_text(policy.max_bytes)}"),
+        (
+            "the server",
+            f"certificate {invite.fingerprint[:16]}..." if invite.fingerprint else "no pinned certificate",
+            "",
+        ),
+        ("text", "stays here", str(part.source.model_dump(exclude_defaults=True))),
+    ):
+        table.add_row(*row)
+    console.print(table)
 
 
 def _ways(up: int, down: int, most: str) -> str:

@@ -79,12 +79,13 @@ class Corpus:
     holdings: Mapping[str, Holding]
 
 
-def build_corpus(recipe: Recipe, progress: Progress = silent) -> Corpus:
+def build_corpus(recipe: Recipe, progress: Progress = silent, vocabulary: Vocabulary | None = None) -> Corpus:
     """Tokenise what has not been tokenised yet, in one streaming pass, and open it.
 
     Args:
-        recipe: The recipe.
+        recipe: The recipe; participants without a source are left out.
         progress: Told before slow work.
+        vocabulary: If it is known already; else the one that the recipe asks for.
 
     Raises:
         CorpusError: A source is missing or empty, or a participant has too little text.
@@ -93,7 +94,7 @@ def build_corpus(recipe: Recipe, progress: Progress = silent) -> Corpus:
     """
     progress("reading the sources")
     keys = text_keys(recipe)
-    vocabulary = build_vocabulary(recipe, keys, progress)
+    vocabulary = vocabulary or build_vocabulary(recipe, keys, progress)
     root = Path(recipe.data.shards)
     folders = {name: root / digest_of([FORMAT, keys[name], vocabulary.content_hash]) for name in keys}
     missing = {name: folder for name, folder in folders.items() if _manifest(folder) is None}

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -74,7 +75,8 @@ def build_vocabulary(recipe: Recipe, keys: Mapping[str, str] | None = None, prog
                 return load_vocabulary(folder)
             except ModelError:  # not trained yet, or damaged
                 progress(f"training a BPE of {size} tokens on the training text of all participants")
-            vocabulary = _train_bpe(recipe, size)
+            training = (kept.document.text for kept in kept_documents(recipe) if kept.side == "train")
+            vocabulary = _train_bpe((piece for text in training for piece in pieces(text)), size)
             save_vocabulary(vocabulary, folder)
             return vocabulary
         case existing:
@@ -109,6 +111,19 @@ def load_vocabulary(folder: Path) -> Vocabulary:
     if _content_hash(text, end_of_text) != content_hash:
         raise ModelError(f"{folder}: the vocabulary is damaged, its content does not fit its hash")
     return _vocabulary(Tokenizer.from_str(text), end_of_text)
+
+
+def vocabulary_of(tokenizer_json: str, end_of_text: int) -> Vocabulary:
+    """A vocabulary that came as text.
+
+    Raises:
+        ModelError: It is not a tokenizer.
+    """
+    try:
+        tokenizer = Tokenizer.from_str(tokenizer_json)
+    except Exception as error:  # the library raises plain Exception
+        raise ModelError(f"not a tokenizer: {str(error).partition(chr(10))[0]}") from None
+    return _vocabulary(tokenizer, end_of_text)
 
 
 def pieces(text: str) -> Iterator[str]:
@@ -146,7 +161,28 @@ def _byte_vocabulary() -> Vocabulary:
     return _vocabulary(tokenizer, 256)
 
 
-def _train_bpe(recipe: Recipe, size: int) -> Vocabulary:
+def word_counts(recipe: Recipe) -> Counter[str]:
+    """How often each word stands in the training text that this recipe knows, cut as the BPE cuts it.
+
+    A BPE trained on the sum of participants' counts is the one trained on their pooled text: it depends on nothing
+    else. The counts tell much of a text; they are not to be given away lightly.
+    """
+    split = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True).pre_tokenize_str
+    training = (kept.document.text for kept in kept_documents(recipe) if kept.side == "train")
+    counts: Counter[str] = Counter()
+    for text in training:
+        for piece in pieces(text):
+            for _, (start, end) in split(piece):
+                counts[piece[start:end]] += 1
+    return counts
+
+
+def vocabulary_from_words(counts: Mapping[str, int], size: int) -> Vocabulary:
+    """The BPE of so many tokens that is trained on text with these words."""
+    return _train_bpe((word for word, count in counts.items() for _ in range(count)), size)
+
+
+def _train_bpe(texts: Iterator[str], size: int) -> Vocabulary:
     tokenizer = _byte_level(models.BPE())
     trainer = trainers.BpeTrainer(
         vocab_size=size,
@@ -154,8 +190,7 @@ def _train_bpe(recipe: Recipe, size: int) -> Vocabulary:
         special_tokens=[END_OF_TEXT],
         show_progress=False,
     )
-    training = (kept.document.text for kept in kept_documents(recipe) if kept.side == "train")
-    tokenizer.train_from_iterator((piece for text in training for piece in pieces(text)), trainer)
+    tokenizer.train_from_iterator(texts, trainer)
     return _vocabulary(tokenizer, tokenizer.get_vocab()[END_OF_TEXT])
 
 

@@ -34,7 +34,7 @@ def load_recipe(path: str | Path, settings: Sequence[str] = ()) -> Recipe:
     """
     raw = _read(Path(path), ())
     for item in settings:
-        raw = _merge(raw, _absolute_paths(_parse_setting(item, raw), Path.cwd()))
+        raw = _merge(raw, absolute_paths(_parse_setting(item, raw), Path.cwd()))
     return parse_recipe(raw, str(path))
 
 
@@ -47,7 +47,7 @@ def parse_recipe(raw: dict[str, Any], where: str = "recipe") -> Recipe:
     try:
         return Recipe.model_validate(raw)
     except ValidationError as error:
-        faults = [_explain(fault) for fault in error.errors(include_url=False)]
+        faults = [explain(fault) for fault in error.errors(include_url=False)]
         shown = faults[0] if len(faults) == 1 else "".join(f"\n  - {fault}" for fault in faults)
         raise RecipeError(f"{where}: {shown}", "docs/reference/recipe.md lists every key") from None
 
@@ -79,7 +79,7 @@ def _read(path: Path, children: tuple[Path, ...]) -> dict[str, Any]:
     except tomllib.TOMLDecodeError as error:
         raise RecipeError(f"{path}: not valid TOML: {error}") from None
     extended = raw.pop("extends", None)
-    raw = dict(_absolute_paths(raw, path.parent))
+    raw = dict(absolute_paths(raw, path.parent))
     if extended is None:
         return raw
     if not isinstance(extended, str):
@@ -87,12 +87,12 @@ def _read(path: Path, children: tuple[Path, ...]) -> dict[str, Any]:
     return _merge(_read(path.parent / extended, (*children, here)), raw)
 
 
-def _absolute_paths(value: Any, folder: Path, key: str = "") -> Any:
+def absolute_paths(value: Any, folder: Path, key: str = "") -> Any:
     """Make the paths of sources, models and tokenizers absolute."""
     if isinstance(value, dict):
-        return {k: _absolute_paths(v, folder, k) for k, v in value.items()}
+        return {k: absolute_paths(v, folder, k) for k, v in value.items()}
     if isinstance(value, list):
-        return [_absolute_paths(v, folder) for v in value]
+        return [absolute_paths(v, folder) for v in value]
     if isinstance(value, str) and key in _PATH_KEYS:
         return str((folder / Path(value).expanduser()).absolute())
     if isinstance(value, str) and key == "dataset" and (folder / value).exists():
@@ -164,9 +164,9 @@ def _follow(raw: Any, parts: Sequence[str]) -> Any:
     return raw
 
 
-def _explain(fault: ErrorDetails) -> str:
+def explain(fault: ErrorDetails, root: type[BaseModel] = Recipe) -> str:
     """One fault as a sentence that names the key as the user wrote it."""
-    tables, where = _tables_along(fault["loc"])
+    tables, where = _tables_along(fault["loc"], root)
     message = fault["msg"].removeprefix("Value error, ")
     if fault["type"] == "extra_forbidden":
         return f"{where}: unknown key{_suggest(str(fault['loc'][-1]), tables[-1])}"
@@ -215,9 +215,9 @@ def tables_in(annotation: Any) -> list[type[BaseModel]]:
     return [table for inner in get_args(annotation) for table in tables_in(inner)]
 
 
-def _tables_along(loc: Sequence[str | int]) -> tuple[list[type[BaseModel]], str]:
+def _tables_along(loc: Sequence[str | int], root: type[BaseModel]) -> tuple[list[type[BaseModel]], str]:
     """The tables a fault's location passes, and the location without pydantic's union tags."""
-    tables: list[type[BaseModel]] = [Recipe]
+    tables: list[type[BaseModel]] = [root]
     options: list[type[BaseModel]] = []
     shown: list[str] = []
     for part in loc:

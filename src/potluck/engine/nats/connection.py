@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import logging
 import threading
 import time
 from collections.abc import Callable, Coroutine, Iterator, Sequence
@@ -21,6 +22,7 @@ from nats.aio.msg import Msg
 from potluck.engine.nats.identity import tls_context
 from potluck.errors import EngineError, Refused, StorageError
 
+logging.getLogger("asyncio").addFilter(lambda record: "eof_received" not in record.getMessage())  # nats-py with TLS
 PING_SECONDS = 5
 CONNECT_SECONDS = 5.0
 ANSWER_SECONDS = 5.0

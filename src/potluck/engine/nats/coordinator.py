@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import queue
 import threading
 import time
@@ -72,16 +73,18 @@ class NatsEngine:
 
     def __init__(self, post: Post, members: Members, settings: Nats, max_reply_bytes: int, refused: Told) -> None:
         self._post, self.members, self._settings = post, members, settings
-        self._max_reply_bytes, self._refused = max_reply_bytes, refused
+        self.max_reply_bytes, self.refused = max_reply_bytes, refused
         self._began, self._count = time.monotonic(), 0
+        self._lock, self._over = threading.Lock(), threading.Event()
+        self._inbox: queue.Queue[Reply | tuple[ParticipantId, str]] = queue.Queue()
         self._under_way: dict[Key, _Sent] = {}
+        self._progress: dict[str, Any] = {}
         self._early: dict[ParticipantId, tuple[str, Delivery, Frame]] = {}
         self._answered: set[Key] = set()
         self._states: dict[str, set[TaskId]] = {}
         self._leftover = post.blobs.held(None)
+        self._forget_tasks(post.names.task("*"))  # of an earlier session; they are asked again
         self._packed: tuple[tuple[str, ...], Packed] | None = None
-        self._inbox: queue.Queue[Reply | tuple[ParticipantId, str]] = queue.Queue()
-        self._lock, self._over = threading.Lock(), threading.Event()
         self._fetchers = ThreadPoolExecutor(_FETCHERS, "potluck-fetch")
         for work in (self._listen, self._watch):
             threading.Thread(target=work, name=f"potluck{work.__name__}", daemon=True).start()
@@ -105,14 +108,21 @@ class NatsEngine:
             EngineError: The server does not come back.
         """
         self._count += 1
-        if self.members.presence(to) in ("absent", "reading", "left"):
-            reason = f"not here: {self.members.presence(to)}"
+        reason = self.members.away(to, reading=task.kind == "words")
+        if reason:
             self._inbox.put(Reply(task=self._count, participant=to, status="failed", reason=reason))
             return self._count
         name, packed = task_name(task), self._pack(task)
         inline = packed.size <= self._settings.inline_bytes
         blob = None if inline else packed.fields["payload"]["sha256"]
-        facts = {"run": self._post.names.run, "task": name, "to": to, "message": packed.fields, "seconds": task.seconds}
+        facts: dict[str, Any] = {
+            "run": self._post.names.run,
+            "task": name,
+            "to": to,
+            "message": packed.fields,
+            "state": task.state,
+        }
+        facts["seconds"] = task.seconds
         frame = signed(self._post.seed, facts, b"".join(packed.parts) if inline else b"")
         ends = float("inf") if task.seconds is None else self.now() + task.seconds
         size = len(frame) + (0 if inline else packed.size)
@@ -139,21 +149,30 @@ class NatsEngine:
                 return None
             if isinstance(found, Reply):
                 return found
-            self._refused(*found)
+            self.refused(*found)
 
     def cancel(self, task: TaskId) -> None:
-        """Forget a task: a reply to it is refused."""
+        """Forget a task: a reply to it is refused, and it is taken out of its participant's queue."""
         with self._lock:
-            for key, sent in list(self._under_way.items()):
-                if sent.id == task:
-                    del self._under_way[key]
-                    self._release(sent)
+            sent = next((sent for sent in self._under_way.values() if sent.id == task), None)
+            if sent is None:
+                return
+            del self._under_way[sent.to, sent.name]
+            self._answered.add((sent.to, sent.name))
+            self._release(sent)
+        self._forget_tasks(self._post.names.task(sent.to))
+
+    def _forget_tasks(self, subject: str) -> None:
+        try:
+            self._post.connection.api(f"STREAM.PURGE.{self._post.names.tasks}", {"filter": subject}, patience=5.0)
+        except EngineError as error:
+            self._inbox.put(("the server", f"an old task could not be taken back: {error}"))
 
     def end(self, reason: str, patience: float) -> None:
         """Tell everybody that the run is over, and wait until those who are there have heard it."""
         for name in self.members.of:
             if self.members.presence(name) in ("ready", "working"):
-                facts = {"run": self._post.names.run, "task": END, "to": name, "reason": reason}
+                facts: dict[str, Any] = {"run": self._post.names.run, "task": END, "to": name, "reason": reason}
                 self._post.connection.store(self._post.names.task(name), signed(self._post.seed, facts))
         until = time.monotonic() + patience
         while time.monotonic() < until:
@@ -161,6 +180,15 @@ class NatsEngine:
             if not state["messages"]:
                 return
             time.sleep(0.05)
+
+    def take_event(self, event: Mapping[str, Any]) -> None:
+        """Let everybody who may look know how far the run is; a listener of its event log."""
+        if event["event"] in ("run_started", "run_resumed", "round", "evaluation", "run_finished"):
+            bits = (event.get("union") or {}).get("bits_per_byte")
+            facts = {"rounds": event.get("rounds"), "round": event.get("round"), "bits_per_byte": bits}
+            self._progress |= {key: value for key, value in facts.items() if value is not None}
+            self._progress |= {"status": "working", "event": event["event"], "time": event["time"]}
+            self._post.connection.tell(self._post.names.member(COORDINATOR), json.dumps(self._progress).encode())
 
     def close(self) -> None:
         """Stop listening."""
@@ -219,8 +247,8 @@ class NatsEngine:
     def _fetch(self, frame: Frame, sent: _Sent, digest: str, size: int) -> None:
         path = self._post.folder / f"{sent.to}-{digest}.safetensors"
         try:
-            if size > self._max_reply_bytes:
-                raise EngineError(f"oversized: {size} bytes, at most {self._max_reply_bytes} are expected")
+            if size > self.max_reply_bytes:
+                raise EngineError(f"oversized: {size} bytes, at most {self.max_reply_bytes} are expected")
             give_up = lambda: self._over.is_set() or self.now() > sent.ends or not self._awaited(sent)  # noqa: E731
             self._post.blobs.get(sent.to, digest, size, path, give_up)
             reply = self._reply(frame, sent, path)

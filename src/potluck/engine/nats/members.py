@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -41,10 +41,15 @@ class Member:
 
 
 class Members:
-    """All participants' values, read again and again: no subscription has to survive the server."""
+    """All participants' values, read again and again: no subscription has to survive the server.
+
+    Attributes:
+        unfit: Why one that is there cannot take part, from what it says of itself; empty if it can.
+    """
 
     def __init__(self, connection: Connection, names: Names, participants: Iterable[ParticipantId], silence: float):
         self._connection, self._names, self._silence = connection, names, silence
+        self.unfit: Callable[[ParticipantId, Mapping[str, Any]], str] = lambda name, said: ""
         self.of = {name: Member() for name in participants}
 
     def look(self) -> None:
@@ -72,6 +77,17 @@ class Members:
     def presence(self, name: ParticipantId) -> Presence:
         """Where a participant is."""
         return self.of[name].presence(time.monotonic(), self._silence)
+
+    def away(self, name: ParticipantId, reading: bool = False) -> str:
+        """Why a participant cannot be given a task now; empty if it can.
+
+        Args:
+            reading: One that is still preparing will do.
+        """
+        presence = self.presence(name)
+        if presence in ("absent", "left") or (presence == "reading" and not reading):
+            return {"absent": "has not joined", "left": "has left", "reading": "is still preparing"}[presence]
+        return self.unfit(name, self.of[name].said)
 
     def facts(self, name: ParticipantId) -> dict[str, Any]:
         """What ``potluck status`` shows of one."""

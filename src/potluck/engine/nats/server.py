@@ -52,14 +52,7 @@ def server_config(settings: ServerSettings) -> str:
         raise EngineError(
             f"{settings.host}: without TLS a server listens on loopback only", "leave out --insecure-loopback"
         )
-    folder, users = settings.folder.absolute(), []
-    for key, permissions in settings.users.items():
-        publish, subscribe = ([f'"{subject}"' for subject in side] for side in _sides(permissions))
-        users.append(
-            f'    {{ nkey: "{key}", permissions: {{\n'
-            f"        publish: {{ allow: [{', '.join(publish)}] }}\n"
-            f"        subscribe: {{ allow: [{', '.join(subscribe)}] }}\n    }} }}"
-        )
+    folder = settings.folder.absolute()
     tls = (
         f'tls {{\n    cert_file: "{folder / "certificate.pem"}"\n    key_file: "{folder / "certificate.key"}"\n'
         "    handshake_first: true\n    timeout: 5\n}\n"
@@ -74,8 +67,22 @@ def server_config(settings: ServerSettings) -> str:
         f"{tls}"
         f'jetstream {{\n    store_dir: "{folder / "store"}"\n    max_memory_store: 0\n'
         f"    max_file_store: {settings.storage}\n}}\n"
-        f"authorization {{\n    timeout: 5\n    users: [\n{os.linesep.join(users)}\n    ]\n}}\n"
+        f"{users_config(settings.users)}"
     )
+
+
+def users_config(users: Mapping[str, Permissions]) -> str:
+    """The ``authorization`` block: who may do what; all else is refused."""
+    lines = []
+    for key, permissions in users.items():
+        publish, subscribe = (
+            ", ".join(f'"{subject}"' for subject in side) for side in (permissions.publish, permissions.subscribe)
+        )
+        lines.append(
+            f'    {{ nkey: "{key}", permissions: {{\n        publish: {{ allow: [{publish}] }}\n'
+            f"        subscribe: {{ allow: [{subscribe}] }}\n    }} }}"
+        )
+    return "authorization {\n    timeout: 5\n    users: [\n" + "\n".join(lines) + "\n    ]\n}\n"
 
 
 def find_server() -> str:
@@ -184,7 +191,3 @@ class Server:
 
 def _last_line(path: Path) -> str:
     return path.read_text(errors="replace").strip().rpartition("\n")[2] if path.exists() else ""
-
-
-def _sides(permissions: Permissions) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    return permissions.publish, permissions.subscribe

@@ -6,7 +6,7 @@ import json
 import threading
 import uuid
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,9 @@ from potluck.engine.nats.coordinator import END, Post
 from potluck.engine.nats.frames import Frame, read_frame, signed
 from potluck.engine.nats.subjects import COORDINATOR, token
 from potluck.errors import EngineError, PotluckError
+from potluck.recipe.engine import Nats
+
+MAX_VOCABULARY_BYTES = 1 << 27
 
 
 @dataclass(frozen=True)
@@ -61,36 +64,16 @@ class Site:
     Args:
         post: Connection, one's own key, the coordinator's.
         name: Whose site it is.
-        heartbeat: Seconds between two signs of life.
+        settings: The recipe's engine table.
         told: Told what a person should know, in words for a log.
     """
 
-    def __init__(self, post: Post, name: str, heartbeat: float, told: Callable[[str], None]) -> None:
-        self.post, self.name, self._told = post, name, told
+    def __init__(self, post: Post, name: str, settings: Nats, told: Callable[[str], None]) -> None:
+        self.post, self.name, self._settings, self._told = post, name, settings, told
         self._said: dict[str, Any] = {"session": uuid.uuid4().hex[:12]}
         self._over = threading.Event()
         self._changed = threading.Event()
-        self._heartbeat = heartbeat
         threading.Thread(target=self._beat, name="potluck-heartbeat", daemon=True).start()
-
-    def about(self) -> tuple[Mapping[str, Any], bytes | None] | None:
-        """What the run is about, signed by the coordinator; ``None`` if that is not there yet.
-
-        Raises:
-            EngineError: The server is away, or it is not what the coordinator signed.
-        """
-        names = self.post.names
-        found = self.post.connection.last(names.direct(names.states, names.about))
-        if found is None:
-            return None
-        frame = read_frame(found[0], self.post.keys[COORDINATOR])
-        if frame.facts.get("run") != names.run:
-            raise EngineError("the server tells of another run")
-        if frame.blob is None:
-            return frame.facts, frame.payload
-        path = self.post.folder / f"about-{frame.blob[0]}"
-        self.post.blobs.get(None, *frame.blob, path, self._over.is_set)
-        return frame.facts, path.read_bytes()
 
     def say(self, **facts: Any) -> None:
         """Change what the signs of life say, and send one."""
@@ -133,7 +116,7 @@ class Site:
         message = self.post.codec.unpack(received.fields, payload)
         if not isinstance(message, Task):
             raise EngineError("a contribution where a task should be")
-        return message
+        return replace(message, state=str(received.frame.facts.get("state", "")), seconds=received.seconds)
 
     def answer(self, name: str, contribution: Contribution | None, reason: str, give_up: Callable[[], bool]) -> None:
         """Send the answer to a task: a contribution, or why there is none.
@@ -149,7 +132,7 @@ class Site:
         else:
             packed: Packed = post.codec.pack(contribution)
             payload = packed.fields.get("payload")
-            inline = packed.size <= INLINE_BYTES
+            inline = packed.size <= self._settings.inline_bytes
             if payload and not inline:
                 post.blobs.put(self.name, payload["sha256"], packed.parts, give_up)
             facts |= {"status": "ok", "message": packed.fields}
@@ -172,7 +155,7 @@ class Site:
 
     def _beat(self) -> None:
         while not self._over.is_set():
-            self._changed.wait(self._heartbeat)
+            self._changed.wait(self._settings.heartbeat)
             self._changed.clear()
             if self._over.is_set() or "status" not in self._said:
                 continue
@@ -182,4 +165,23 @@ class Site:
                 continue  # the connection says itself that the server is away
 
 
-INLINE_BYTES = 256 * 1024
+def read_about(post: Post, give_up: Callable[[], bool]) -> tuple[Mapping[str, Any], bytes | None] | None:
+    """What the run is about, signed by the coordinator, and the vocabulary; ``None`` if that is not there yet.
+
+    Raises:
+        EngineError: The server is away, or it is not what the coordinator signed.
+    """
+    found = post.connection.last(post.names.direct(post.names.states, post.names.about))
+    if found is None:
+        return None
+    frame = read_frame(found[0], post.keys[COORDINATOR])
+    if frame.facts.get("run") != post.names.run:
+        raise EngineError("the server tells of another run")
+    if frame.blob is None:
+        return frame.facts, frame.payload
+    digest, size = frame.blob
+    if size > MAX_VOCABULARY_BYTES:
+        raise EngineError(f"a vocabulary of {size} bytes")
+    path = post.folder / f"about-{digest}"
+    post.blobs.get(None, digest, size, path, give_up)
+    return frame.facts, path.read_bytes()

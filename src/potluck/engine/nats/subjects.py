@@ -117,6 +117,7 @@ def participant_permissions(names: Names, name: ParticipantId) -> Permissions:
             names.upload(name, ">"),
             names.member(name),
             names.next(names.tasks, token(name)),
+            f"$JS.API.CONSUMER.INFO.{names.tasks}.{token(name)}",
             f"$JS.ACK.{names.tasks}.{token(name)}.>",
             names.direct(names.states, names.state(">")),
             names.direct(names.states, names.about),
@@ -132,6 +133,7 @@ def coordinator_permissions(names: Names) -> Permissions:
     return Permissions(
         publish=(
             f"potluck.{names.run}.>",
+            names.member(COORDINATOR),
             *(f"$JS.API.STREAM.{verb}.{stream}" for verb in verbs for stream in streams),
             *(f"$JS.API.CONSUMER.{verb}.{stream}.>" for verb in ("CREATE", "INFO") for stream in streams[:2]),
             names.next(names.replies, COORDINATOR),

@@ -1,0 +1,154 @@
+"""What a run asks of a participant, read from what the coordinator says, and held against the participant's policy."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from potluck.contribution import Contribution
+from potluck.corpus.tokenizer import word_counts
+from potluck.errors import PolicyError, TrainingError
+from potluck.recipe import Recipe
+from potluck.recipe.load import parse_recipe
+from potluck.recipe.part import Part, Policy
+from potluck.recipe.schema import Bpe, ModelFolder
+from potluck.recipe.updates import Eager, Streaming
+
+MAX_WORD_BYTES = 1 << 28
+
+
+@dataclass(frozen=True)
+class Asks:
+    """What a run will ask, for a person to see before joining.
+
+    Attributes:
+        kinds: Kinds of tasks.
+        message_bytes: Tensors of the largest message; ``None`` where the model's size is not known yet.
+    """
+
+    recipe: str
+    rounds: int
+    local_steps: int
+    tokens_per_round: int
+    kinds: tuple[str, ...]
+    parameters: int | None
+    message_bytes: int | None
+
+
+def about_asks(facts: Mapping[str, Any]) -> tuple[Asks, Recipe]:
+    """What a run is about, checked as a recipe from outside is.
+
+    Raises:
+        RecipeError: It is none.
+    """
+    recipe = parse_recipe(dict(facts["recipe"]), "the coordinator's recipe")
+    match recipe.rounds.streaming:
+        case Streaming():
+            kinds = ["stream", "evaluate"]
+        case Eager():
+            kinds = ["eager", "evaluate"]
+        case None:
+            kinds = ["train", "evaluate"]
+    if isinstance(recipe.tokenizer, Bpe):
+        kinds.append("words")
+    parameters = facts.get("parameters")
+    return Asks(
+        recipe=recipe.name,
+        rounds=recipe.rounds.count,
+        local_steps=recipe.local_steps,
+        tokens_per_round=recipe.local_steps * recipe.tokens_per_step,
+        kinds=tuple(kinds),
+        parameters=parameters,
+        message_bytes=None if parameters is None else 4 * parameters,
+    ), recipe
+
+
+def refusals(asks: Asks, policy: Policy) -> list[str]:
+    """Why a policy does not let a participant take part; empty if it does."""
+    found = [f"tasks of kind `{kind}`" for kind in asks.kinds if kind not in policy.kinds]
+    if asks.local_steps > policy.max_local_steps:
+        found.append(f"{asks.local_steps} local steps in a task, the policy allows {policy.max_local_steps}")
+    if asks.parameters is not None and asks.parameters > policy.max_parameters:
+        found.append(f"{asks.parameters:,} parameters, the policy allows {policy.max_parameters:,}")
+    if asks.message_bytes is not None and asks.message_bytes > policy.max_bytes:
+        found.append(f"messages of {asks.message_bytes:,} bytes, the policy allows {policy.max_bytes:,}")
+    return found
+
+
+def check_policy(policy: Policy, fields: Mapping[str, Any], payload_bytes: int) -> None:
+    """Hold one task against the policy, before anything of it is fetched.
+
+    Raises:
+        PolicyError: It goes beyond it.
+    """
+    kind, arguments = fields.get("kind"), fields.get("header")
+    if kind not in policy.kinds:
+        raise PolicyError(f"not allowed here: a task of kind {kind!r}")
+    steps = arguments.get("steps", 0) if isinstance(arguments, dict) else 0
+    overlap = arguments.get("overlap", 0) if isinstance(arguments, dict) else 0
+    if any(type(n) is not int or n < 0 for n in (steps, overlap)) or steps + overlap > policy.max_local_steps:
+        raise PolicyError(f"not allowed here: {steps} + {overlap} local steps, at most {policy.max_local_steps}")
+    if payload_bytes > policy.max_bytes:
+        raise PolicyError(f"not allowed here: a message of {payload_bytes} bytes, at most {policy.max_bytes}")
+
+
+def local_recipe(recipe: Recipe, name: str, part: Part, shards: str) -> Recipe:
+    """The run's recipe as one participant uses it: its own text, model folder and machine, and nobody else's.
+
+    Raises:
+        PolicyError: The run is not for this participant, or needs a model folder that it does not name.
+    """
+    if name not in recipe.participant_names:
+        raise PolicyError(f"{name} takes no part in {recipe.name}", f"it is for {', '.join(recipe.participant_names)}")
+    others = tuple(
+        p.model_copy(update={"source": part.source if p.name == name else None}) for p in recipe.participants
+    )
+    changes: dict[str, Any] = {
+        "participants": others,
+        "compute": recipe.compute.model_copy(update={"device": part.device, "threads": part.threads}),
+        "data": recipe.data.model_copy(update={"shards": shards}),
+    }
+    if isinstance(recipe.model, ModelFolder):
+        if part.model is None:
+            hint = 'name your own copy of it: `model = "FOLDER"` in your part, or --model FOLDER'
+            raise PolicyError("the run goes on from a model folder", hint)
+        changes["model"] = ModelFolder(path=part.model)
+    return recipe.model_copy(update=changes)
+
+
+def words_contribution(recipe: Recipe, fields: Mapping[str, Any]) -> Contribution:
+    """A participant's words and how often they stand in its training text, the words as a JSON list of texts."""
+    counts = word_counts(recipe)
+    words = sorted(counts)
+    text = json.dumps(words, ensure_ascii=False).encode()
+    tensors = {
+        "words": torch.frombuffer(bytearray(text), dtype=torch.uint8),
+        "counts": torch.tensor([counts[word] for word in words], dtype=torch.int64),
+    }
+    return Contribution(kind="words", revision=int(fields["revision"]), header={"words": len(words)}, tensors=tensors)
+
+
+def words_of(contribution: Contribution) -> Counter[str]:
+    """The counts in a contribution of unknown origin.
+
+    Raises:
+        TrainingError: They are none.
+    """
+    words, counts = contribution.tensors.get("words"), contribution.tensors.get("counts")
+    if words is None or counts is None or words.numel() > MAX_WORD_BYTES or counts.dtype != torch.int64:
+        raise TrainingError("not a count of words")
+    try:
+        listed = json.loads(words.numpy().tobytes())
+    except (ValueError, RecursionError):
+        raise TrainingError("not a count of words: the words cannot be read") from None
+    numbers = counts.tolist()
+    if not isinstance(listed, list) or len(listed) != len(numbers) or any(n < 1 for n in numbers):
+        raise TrainingError("not a count of words: words and counts do not match")
+    if not all(isinstance(word, str) and word for word in listed) or sum(numbers) > 10**12:
+        raise TrainingError("not a count of words: what is counted is not text")
+    return Counter(dict(zip(listed, numbers, strict=True)))

@@ -1,0 +1,284 @@
+"""The participant's side of a run on real machines: join, do what is asked and allowed, leave.
+
+::
+
+    read what the run is about; show it beside one's own policy
+    prepare text and network
+    repeat for each task:
+        its answer was kept?         -> send it again
+        the policy does not allow it -> say so
+        else perform it, keep state and answer on disk, send the answer
+        local steps go on while the answer travels, if the task lets them
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from potluck import __version__
+from potluck.asking import Asks, about_asks, check_policy, words_contribution
+from potluck.contribution import Contribution
+from potluck.corpus.shards import Corpus, Holding, build_corpus
+from potluck.corpus.tokenizer import Vocabulary, vocabulary_of
+from potluck.embedded import batches_of, environment, fragments_in, holding_facts
+from potluck.engine.nats.coordinator import Post
+from potluck.engine.nats.site import Received, Site, read_about
+from potluck.errors import EngineError, Interrupted, PolicyError, PotluckError, TrainingError
+from potluck.local.network import Network, place
+from potluck.local.optimizers import InnerOptimizer
+from potluck.local_state import LocalState, new_state
+from potluck.local_store import Answer, LocalStore, layout_hash
+from potluck.models.build import build_model, embeddings
+from potluck.participant import Participant
+from potluck.recipe import Recipe
+from potluck.recipe.part import Policy
+from potluck.records.journal import Journal
+
+WAIT_SECONDS = 2.0
+NOWHERE = -2  # the state in memory is that of no revision
+_TRAINING = ("train", "stream", "eager")
+
+
+@dataclass
+class Joined:
+    """A participant at work in a run.
+
+    Attributes:
+        site: Its end of the engine.
+        recipe: The run's, with this participant's own text and machine in it.
+        folder: Where its state is kept.
+        stop: Whether it was asked to leave.
+    """
+
+    site: Site
+    name: str
+    recipe: Recipe
+    policy: Policy
+    folder: Path
+    journal: Journal
+    stop: Callable[[], bool]
+    done: int = -1  # revision from which the state in memory was trained
+    tasks: int = 0
+    worked_seconds: float = 0.0
+    began: float = field(default_factory=time.monotonic)
+    uploading: threading.Thread | None = None
+
+    def result(self, ended: str) -> dict[str, Any]:
+        """What ``potluck join`` prints in the end."""
+        return {
+            "participant": self.name,
+            "ended": ended,
+            "tasks": self.tasks,
+            "worked_seconds": round(self.worked_seconds, 3),
+            "seconds": round(time.monotonic() - self.began, 3),
+            "folder": str(self.folder),
+        }
+
+
+def understand(post: Post, stop: Callable[[], bool]) -> tuple[Asks, Recipe, Vocabulary | None]:
+    """What the run is about: wait for the coordinator to say it.
+
+    Raises:
+        EngineError: The server is away for long, or it says something that the coordinator did not.
+        RecipeError: It is not a recipe that this potluck understands.
+    """
+    while (about := read_about(post, stop)) is None:
+        if stop():
+            raise Interrupted("before the coordinator was there")
+        time.sleep(WAIT_SECONDS / 4)
+    facts, payload = about
+    asks, recipe = about_asks(facts)
+    vocabulary = None if payload is None else vocabulary_of(payload.decode(), int(facts["end_of_text"]))
+    return asks, recipe, vocabulary
+
+
+def attend(joined: Joined) -> dict[str, Any]:
+    """Take part until the run is over or a stop is asked for.
+
+    Raises:
+        PolicyError, CorpusError, ModelError, CheckpointError: It cannot take part.
+    """
+    site = joined.site
+    try:
+        vocabulary = _vocabulary(joined)
+        if vocabulary is None:
+            return joined.result("the run was over before it began")
+        participant, store = _prepare(joined, vocabulary)
+        site.say(status="ready", task="")
+        joined.journal("ready", participant=participant.name)
+        return joined.result(_serve(joined, participant, store))
+    finally:
+        if joined.uploading is not None:
+            joined.uploading.join(10)
+        try:
+            site.say(status="left")
+            site.sign_of_life()
+        except PotluckError:
+            joined.journal("could not say goodbye: the server is away")
+        site.close()
+
+
+def _vocabulary(joined: Joined) -> Vocabulary | None:
+    """The run's vocabulary; until there is one, count words if that is asked and allowed."""
+    site, stop = joined.site, joined.stop
+    while True:
+        _, _, vocabulary = understand(site.post, stop)
+        if vocabulary is not None:
+            return vocabulary
+        if "words" not in joined.policy.kinds:
+            raise PolicyError(
+                "the run trains its tokenizer on everybody's words, and the policy here does not allow `words`",
+                "join with --allow words, if the coordinator may know how often each word stands in your text; "
+                "or ask for a run with a tokenizer that exists",
+            )
+        site.say(status="reading", words=True)
+        received = site.next(WAIT_SECONDS)
+        if received is not None and received.ends:
+            received.delivery.done()
+            return None
+        if received is not None:
+            with received.delivery.kept():
+                site.answer(received.name, words_contribution(joined.recipe, received.fields), "", stop)
+            received.delivery.done()
+        if stop():
+            raise Interrupted("before the run began")
+
+
+def _prepare(joined: Joined, vocabulary: Vocabulary) -> tuple[Participant, LocalStore]:
+    """Text, network and state."""
+    recipe, name = joined.recipe, joined.name
+    joined.site.say(status="reading", potluck=__version__)
+    if recipe.compute.threads:
+        torch.set_num_threads(recipe.compute.threads)
+    corpus: Corpus = build_corpus(recipe, joined.journal, vocabulary)
+    holding: Holding = corpus.holdings[name]
+    network = place(build_model(recipe.model, vocabulary.size, vocabulary.end_of_text, recipe.seed), recipe.compute)
+    _check_layout(joined, network)
+    fragments = fragments_in(network, recipe)
+    optimizer = InnerOptimizer(recipe.local.optimizer, network.flat, embeddings(network.model))
+    state = new_state(network, optimizer, recipe, fragments)
+    identity = {"run": joined.site.post.names.run, "text": holding.content_hash, "tokenizer": vocabulary.content_hash}
+    store = LocalStore(joined.folder, identity, keep=2 * recipe.records.checkpoint_every + 4)
+    batches = (batches_of(recipe, holding),)
+    participant = Participant(name, recipe, network, optimizer, batches, holding.validation, state, fragments)
+    state.shared = store.shared()
+    joined.site.say(
+        holding=holding_facts(holding),
+        evaluates=True,
+        vocabulary=vocabulary.content_hash,
+        model=layout_hash(network.flat.manifest),
+        environment=environment(network),
+    )
+    return participant, store
+
+
+def _check_layout(joined: Joined, network: Network) -> None:
+    about = read_about(joined.site.post, joined.stop)
+    theirs = about[0].get("model") if about is not None else None
+    if theirs and theirs != layout_hash(network.flat.manifest):
+        hint = "the same model folder, and the same versions of potluck and transformers, are needed on both sides"
+        raise PolicyError("the model here has other parameters than the coordinator's", hint)
+    count = network.flat.vector.numel()
+    if count > joined.policy.max_parameters:
+        raise PolicyError(f"a model of {count:,} parameters; the policy allows {joined.policy.max_parameters:,}")
+
+
+def _serve(joined: Joined, participant: Participant, store: LocalStore) -> str:
+    """Task after task; the reason why it ended."""
+    while not joined.stop():
+        received = joined.site.next(WAIT_SECONDS)
+        if received is None:
+            continue
+        if received.ends:
+            received.delivery.done()
+            return str(received.frame.facts.get("reason", "the run is over"))
+        joined.site.say(status="working", task=received.name)
+        with received.delivery.kept():
+            _one_task(joined, participant, store, received)
+        joined.site.say(status="ready", task="", worked_seconds=round(joined.worked_seconds, 1))
+    return "it was asked to leave"
+
+
+def _one_task(joined: Joined, participant: Participant, store: LocalStore, received: Received) -> None:
+    """Answer one task, and acknowledge it when the answer is with the server."""
+    began = time.monotonic()
+    deadline = float("inf") if received.seconds is None else began + received.seconds
+    give_up = lambda: time.monotonic() > deadline  # noqa: E731
+    if joined.uploading is not None:
+        joined.uploading.join()
+    answer = store.answer(received.name)
+    if answer is None:
+        try:
+            answer = _perform(joined, participant, store, received, give_up)
+        except EngineError as error:  # it may come again
+            joined.journal(f"task {received.name}: {error}")
+            return
+    else:
+        joined.journal(f"task {received.name} was done before; its answer is sent again")
+
+    def send() -> None:
+        try:
+            joined.site.answer(received.name, answer.contribution, answer.reason, give_up)
+            received.delivery.done()
+        except PotluckError as error:
+            joined.journal(f"task {received.name}: the answer could not be sent: {error}")
+
+    if participant.state.pending[1] and answer.contribution is not None:  # local steps go on while it travels
+        joined.uploading = threading.Thread(target=send, name="potluck-upload", daemon=True)
+        joined.uploading.start()
+        worked = time.monotonic()
+        participant.go_ahead()
+        joined.worked_seconds += time.monotonic() - worked
+    else:
+        send()
+    joined.tasks += 1
+
+
+def _perform(
+    joined: Joined, participant: Participant, store: LocalStore, received: Received, give_up: Callable[[], bool]
+) -> Answer:
+    """Do a task and keep what it came to. A failure is an answer, too; it changes nothing."""
+    fields, state = received.fields, participant.state
+    trains = fields.get("kind") in _TRAINING
+    try:
+        check_policy(joined.policy, fields, received.payload_bytes)
+        task = joined.site.task(received, give_up)
+        if trains and joined.done != store.last_before(task.revision):
+            _go_back(joined, participant, store, task.revision)
+        worked = time.monotonic()
+        joined.done = NOWHERE if trains else joined.done
+        contribution = participant.perform(task)
+        joined.worked_seconds += time.monotonic() - worked
+    except (PolicyError, TrainingError) as error:
+        joined.journal(f"task {received.name}: {error}")
+        return Answer(None, str(error))
+    if task.tensors and state.shared is not None:
+        store.keep_shared(state.shared, task.state)
+    answer = Answer(_lasting(contribution), "")
+    store.keep(received.name, task.revision, trains, state, answer)
+    if trains:
+        joined.done = task.revision
+    return answer
+
+
+def _go_back(joined: Joined, participant: Participant, store: LocalStore, revision: int) -> None:
+    """To the state that training from ``revision`` begins with: after a restart, here or at the coordinator."""
+
+    def fresh() -> LocalState:
+        return new_state(participant.network, participant.optimizer, participant.recipe, participant.fragments)
+
+    store.go_back(participant.state, fresh, revision)
+    joined.done = store.last_before(revision)
+    joined.journal(f"going on from the state after round {joined.done + 1}")
+
+
+def _lasting(contribution: Contribution) -> Contribution:
+    """A contribution that outlives the next task: it travels while local steps go on."""
+    return replace(contribution, tensors={name: tensor.clone() for name, tensor in contribution.tensors.items()})

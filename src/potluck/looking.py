@@ -1,0 +1,210 @@
+"""Looking at a run from outside: who is there, and what keeps somebody from joining."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import time
+from collections.abc import Callable
+from contextlib import closing
+from dataclasses import replace
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+from rich.console import Console
+from rich.table import Table
+
+from potluck.engine.nats.blobs import CHUNK_BYTES
+from potluck.engine.nats.bulk import Bulk
+from potluck.engine.nats.connection import Access, Connection
+from potluck.engine.nats.identity import Invite, load_invite, read_or_make_seed, tls_context
+from potluck.engine.nats.members import Members
+from potluck.engine.nats.premises import WATCHER
+from potluck.engine.nats.subjects import CHUNK_BYTES, COORDINATOR, Names, token
+from potluck.errors import EngineError, InviteError, PotluckError, Refused
+
+Found = dict[str, Any]
+_BANDWIDTH_CHUNKS = 8
+_CLOCK_SECONDS = 60.0
+_DISK_BYTES = 1 << 30
+
+
+def run_status(folder: Path | None, invite_path: Path | None) -> Found:
+    """How far a run is, and who is there.
+
+    Args:
+        folder: A run folder on the coordinator's machine ...
+        invite_path: ... or the watcher's invite, elsewhere.
+
+    Raises:
+        InviteError: Neither, or an invite that is not the watcher's.
+        EngineError: The server cannot be reached.
+    """
+    path = invite_path or (folder / "host" / "invites" / f"{WATCHER}.toml" if folder is not None else None)
+    if path is None:
+        raise InviteError("name a run folder, or the watcher's invite with --invite")
+    invite = load_invite(path)
+    if invite.participant != WATCHER:
+        raise InviteError(f"{path}: is {invite.participant}'s; only the watcher's may look", "ask for watcher.toml")
+    names = Names(invite.run)
+    with closing(Connection(access_of(invite))) as connection:
+        connection.open(5.0)
+        found = connection.last(names.direct(f"KV_{names.members}", names.member(COORDINATOR)))
+        progress = json.loads(found[0]) if found is not None else {}
+        about = connection.last(names.direct(names.states, names.about))
+        participants = _participants(about[0]) if about is not None else []
+        members = Members(connection, names, participants, silence=float("inf"))
+        members.look()
+        return {
+            "run": invite.run,
+            "recipe": invite.recipe,
+            "coordinator": progress,
+            "participants": {name: members.facts(name) for name in participants},
+        }
+
+
+def show_status(found: Found) -> None:
+    """A run's status as a table."""
+    progress = found["coordinator"]
+    console = Console(highlight=False)
+    where = f"round {progress['round']} of {progress.get('rounds', '?')}" if "round" in progress else "not begun"
+    console.print(f"{found['recipe']} (run {found['run']}): {where}, last event {progress.get('event', 'none')}")
+    table = Table("participant", "presence", "task", "worked", "text", "device", box=None)
+    for name, facts in found["participants"].items():
+        holding, machine = facts.get("holding") or {}, facts.get("environment") or {}
+        tokens = f"{holding['train_tokens']:,} tokens" if "train_tokens" in holding else ""
+        worked = f"{facts['worked_seconds']:.0f} s" if "worked_seconds" in facts else ""
+        row = (name, facts["presence"], facts.get("task", ""), worked, tokens, machine.get("device", ""))
+        table.add_row(*map(str, row))
+    console.print(table)
+
+
+def examine_access(invite_path: Path, key: Path | None, folder: Path) -> Found:
+    """Try everything that joining needs, one after the other, until something stands in the way.
+
+    Raises:
+        InviteError: The invite or the key cannot be used.
+    """
+    invite = load_invite(invite_path)
+    if not invite.seed and key is not None:
+        invite = replace(invite, seed=read_or_make_seed(key))
+    access, names = access_of(invite), Names(invite.run)
+    findings: list[dict[str, Any]] = []
+
+    def test(what: str, trial: Callable[[], str]) -> bool:
+        try:
+            findings.append({"test": what, "ok": True, "found": trial(), "hint": ""})
+        except (PotluckError, OSError) as error:
+            hint = getattr(error, "hint", "")
+            findings.append({"test": what, "ok": False, "found": str(error), "hint": hint})
+        return bool(findings[-1]["ok"])
+
+    test("disk", lambda: _disk(folder))
+    if test("reachability", lambda: _reach(invite)) and test("TLS", lambda: _tls(invite)):
+        with closing(Connection(access)) as connection:
+            if test("key", lambda: _key(connection)):
+                test("permissions", lambda: _permissions(connection, names, invite.participant))
+                test("clock", lambda: _clock(connection, names, invite.participant))
+                test("bandwidth", lambda: _bandwidth(access, names, invite.participant))
+    return {"ok": all(finding["ok"] for finding in findings), "findings": findings}
+
+
+def show_findings(found: Found) -> None:
+    """What the doctor found, one line each."""
+    console = Console(highlight=False)
+    for finding in found["findings"]:
+        mark = "[green]ok[/]  " if finding["ok"] else "[red]NOT[/] "
+        console.print(f"{mark} {finding['test']}: {finding['found']}", soft_wrap=True)
+        if finding["hint"]:
+            console.print(f"     [dim]{finding['hint']}[/]", soft_wrap=True)
+
+
+def access_of(invite: Invite) -> Access:
+    """How whoever is invited reaches the server."""
+    inbox = Names(invite.run).inbox(invite.participant)
+    return Access(invite.urls, invite.certificate, invite.seed, inbox, invite.participant)
+
+
+def _participants(about: bytes) -> list[str]:
+    """Names in what a run is about. Only for show: the signature is not checked."""
+    start = about.find(b"{")
+    facts, _ = json.JSONDecoder().raw_decode(about[start:].decode(errors="replace"))
+    return [str(table["name"]) for table in facts["recipe"]["participants"]]
+
+
+def _disk(folder: Path) -> str:
+    place = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
+    free = shutil.disk_usage(place).free
+    if free < _DISK_BYTES:
+        raise EngineError(f"{free / 1e9:.1f} GB free at {place}", "make room: state and shared weights are kept there")
+    return f"{free / 1e9:.0f} GB free at {place}"
+
+
+def _reach(invite: Invite) -> str:
+    import socket
+
+    for url in invite.urls:
+        address = urlsplit(url)
+        began = time.monotonic()
+        try:
+            with socket.create_connection((address.hostname or "", address.port or 4222), 5.0):
+                return f"{url} answers in {1e3 * (time.monotonic() - began):.0f} ms"
+        except OSError as error:
+            hint = "is the address right, and is outgoing TCP to this port allowed by your firewall?"
+            problem = EngineError(f"{url}: {error}", hint)
+    raise problem
+
+
+def _tls(invite: Invite) -> str:
+    import socket
+    import ssl
+
+    if not invite.secure:
+        return "none: on this machine only"
+    address = urlsplit(invite.urls[0])
+    try:
+        with (
+            socket.create_connection((address.hostname or "", address.port or 4222), 5.0) as plain,
+            tls_context(invite.certificate).wrap_socket(plain, server_hostname=address.hostname) as secure,
+        ):
+            return f"{secure.version()}, the certificate is the one of the invite"
+    except ssl.SSLError as error:
+        hint = "the server shows another certificate: is it the right server? A new invite may be needed"
+        raise EngineError(f"{address.hostname}: {error.reason or error}", hint) from None
+
+
+def _key(connection: Connection) -> str:
+    connection.open(5.0)
+    return f"accepted, {1e3 * connection.ping():.1f} ms to the server and back"
+
+
+def _permissions(connection: Connection, names: Names, name: str) -> str:
+    connection.last(names.direct(names.states, names.about), patience=5.0)
+    try:
+        connection.store(names.member(COORDINATOR), b"{}", patience=3.0)
+    except Refused:
+        return "may read what the run is about, and is refused what is not its own"
+    except EngineError as error:
+        raise EngineError(f"whether it is refused what is not its own could not be told: {error}") from None
+    raise EngineError(
+        f"{name} may write what is the coordinator's", "the server's users are not those of `potluck host`"
+    )
+
+
+def _clock(connection: Connection, names: Names, name: str) -> str:
+    stamp = connection.api(f"CONSUMER.INFO.{names.tasks}.{token(name)}", patience=5.0)["ts"]
+    ahead = (datetime.now(UTC) - datetime.fromisoformat(f"{stamp[:19]}+00:00")).total_seconds()
+    if abs(ahead) > _CLOCK_SECONDS:
+        raise EngineError(f"{ahead:.0f} s ahead of the server", "set the clock: certificates and logs depend on it")
+    return f"within {abs(ahead) + 1:.0f} s of the server's"
+
+
+def _bandwidth(access: Access, names: Names, name: str) -> str:
+    chunk = memoryview(bytes(CHUNK_BYTES))
+    chunks = ((number, [chunk]) for number in range(_BANDWIDTH_CHUNKS))
+    began = time.monotonic()
+    with Bulk(access) as bulk:
+        stored = sum(1 for _ in bulk.put(lambda n: names.upload(name, f"{'0' * 64}.{n}"), chunks))
+    return f"{8e-6 * stored * CHUNK_BYTES / (time.monotonic() - began):.0f} Mbit/s up"

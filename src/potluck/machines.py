@@ -1,0 +1,318 @@
+"""What the verbs of real machines do: host a run, join one, look at one, look for what is wrong."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from potluck.asking import Asks, local_recipe, refusals
+from potluck.commands import close_run, resumable
+from potluck.engine.nats.blobs import Blobs, JetStreamBlobs
+from potluck.engine.nats.connection import Access, Connection
+from potluck.engine.nats.coordinator import Post, make_streams
+from potluck.engine.nats.identity import Invite, load_invite, public_key, read_or_make_seed
+from potluck.engine.nats.premises import Place, Premises, open_premises
+from potluck.engine.nats.server import Server
+from potluck.engine.nats.site import Site
+from potluck.engine.nats.subjects import COORDINATOR, Names
+from potluck.errors import InviteError, PolicyError, RunFolderError, StorageError
+from potluck.hosting import gather
+from potluck.joining import Joined, attend, understand
+from potluck.preflight import forecast
+from potluck.recipe import Recipe, load_recipe, recipe_hash
+from potluck.recipe.engine import Nats
+from potluck.recipe.part import Part, Policy, load_part
+from potluck.records.folder import Variant, create_run, locked, open_run, run_folder
+from potluck.records.journal import Journal
+from potluck.records.live import view
+from potluck.run import Run, finished, history, newest_checkpoint
+from potluck.stopping import Stopping
+from potluck.updates import codec
+
+Result = dict[str, Any]
+CONNECT_SECONDS = 30.0
+END_SECONDS = 10.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Hosting:
+    """How a run is hosted.
+
+    Attributes:
+        own_keys: Public keys that participants have made themselves, by name.
+        rotate: Roles that get a new key, or ``certificate``.
+    """
+
+    place: Place
+    own_keys: Mapping[str, str]
+    rotate: Sequence[str] = ()
+
+
+def host(recipe_path: Path, settings: Sequence[str], hosting: Hosting, console: Console) -> Result:
+    """Coordinate a run whose participants are on machines of their own; started again, go on with it."""
+    recipe = _hosted_recipe(recipe_path, settings, console)
+    folder = run_folder(recipe)
+    with locked(folder):
+        _same_or_new(folder, recipe)
+        journal = Journal(folder / "host" / "host.log", lambda text: console.print(text, highlight=False, markup=False))
+        premises = open_premises(
+            folder / "host", recipe.name, recipe.participant_names, hosting.place, hosting.own_keys, hosting.rotate
+        )
+        try:
+            with resumable(f"potluck host {recipe_path}", console) as stopping:
+                _hosted(recipe, folder, premises, journal, console, stopping)
+        finally:
+            journal.close()
+        return close_run(folder, console)
+
+
+def _hosted(
+    recipe: Recipe, folder: Path, premises: Premises, journal: Journal, console: Console, stopping: Stopping
+) -> None:
+    """Everything between the first key and the last goodbye."""
+    storage = _storage(recipe)
+    with _server(premises, storage, journal), _connected(premises.access(), journal) as connection:
+        make_streams(connection, premises.names, premises.participants, storage)
+        blobs = _blobs(recipe, connection, premises.names, journal)
+        folder_in = folder / "host" / "incoming"
+        post = Post(connection, premises.names, premises.seed, premises.keys, blobs, codec, folder_in)
+        _tell_how_to_join(premises, recipe, console)
+        pending: list[tuple[str, str]] = []
+        hosted = gather(recipe, post, folder, journal, lambda who, why: pending.append((who, why)), stopping)
+        engine = hosted.nats
+        checkpoint = newest_checkpoint(folder)
+        past = history(folder, checkpoint)
+        variant = Variant("together", recipe.participant_names)
+        with view(console, recipe.name, "", past) as listener:
+            run = Run(
+                hosted,
+                hosted.initial,
+                hosted.fragments,
+                variant,
+                folder,
+                recipe,
+                (listener, engine.take_event),
+                checkpoint,
+            )
+            del checkpoint, past
+            engine.refused = lambda who, why: _refused(run, journal, who, why)
+            for refusal in pending:
+                engine.refused(*refusal)
+            try:
+                run.finish(stopping)
+                engine.end("the run is finished", END_SECONDS)
+            finally:
+                engine.close()
+
+
+def _refused(run: Run, journal: Journal, who: str, why: str) -> None:
+    run.log.write("refused", participant=who, reason=why[:500])
+    journal(f"refused: {who}: {why}", participant=who)
+
+
+def join(url: str | None, invite_path: Path, part: Part, options: Joining, console: Console) -> Result:
+    """Take part in a run until it is over."""
+    invite = _invite(url, invite_path, options.key)
+    folder = options.folder or Path("joined") / f"{invite.recipe}-{invite.run}" / invite.participant
+    with locked(folder):
+        journal = Journal(folder / "join.log", lambda text: console.print(text, highlight=False, markup=False))
+        access = _participant_access(invite)
+        with _connected(access, journal) as connection, resumable("the same command", console) as stopping:
+            names, keys = Names(invite.run), {COORDINATOR: invite.coordinator}
+            blobs: Blobs = JetStreamBlobs(connection, names, journal)
+            post = Post(connection, names, invite.seed, keys, blobs, codec, folder / "incoming")
+            asks, recipe, _ = understand(post, stopping)
+            assert isinstance(recipe.engine, Nats)
+            _agree(asks, part, invite, options, console)
+            post = replace(post, blobs=_blobs(recipe, connection, names, journal))
+            site = Site(post, invite.participant, recipe.engine, journal)
+            mine = local_recipe(recipe, invite.participant, part, str(folder / "shards"))
+            joined = Joined(site, invite.participant, mine, part.policy, folder, journal, stopping)
+            try:
+                return attend(joined)
+            finally:
+                journal.close()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Joining:
+    """How a participant joins.
+
+    Attributes:
+        folder: Where its state is kept; ``joined/RECIPE-RUN/NAME`` if left out.
+        key: Its own key file, if the invite holds none.
+        ask: Ask a person before joining.
+    """
+
+    folder: Path | None = None
+    key: Path | None = None
+    ask: bool = False
+
+
+def own_part(
+    path: Path | None,
+    data: Path | None,
+    model: Path | None,
+    device: str | None,
+    allow: Sequence[str],
+    max_local_steps: int | None,
+    max_bytes: int | None,
+) -> Part:
+    """A participant's part from its file and the command line.
+
+    Raises:
+        RecipeError: It is wrong, or names no text.
+    """
+    changes: dict[str, Any] = {}
+    if data is not None:
+        changes["source"] = {"path": str(data.absolute())}
+    if model is not None:
+        changes["model"] = str(model.absolute())
+    if device is not None:
+        changes["device"] = device
+    policy: dict[str, Any] = {"max_local_steps": max_local_steps, "max_bytes": max_bytes}
+    policy = {key: value for key, value in policy.items() if value is not None}
+    if allow:
+        policy["kinds"] = [*Policy().kinds, *allow]
+    if policy:
+        changes["policy"] = policy
+    return load_part(path, changes)
+
+
+def make_own_key(path: Path) -> Result:
+    """Make a key that never leaves this machine.
+
+    Raises:
+        StorageError: The file is there already, or cannot be written.
+    """
+    if path.exists():
+        raise StorageError(f"{path}: there is something here already", "name a new file")
+    return {"key": str(path), "public": public_key(read_or_make_seed(path))}
+
+
+def _agree(asks: Asks, part: Part, invite: Invite, options: Joining, console: Console) -> None:
+    """Show what the run will ask beside what the policy allows; go on if they agree, and a person does.
+
+    Raises:
+        PolicyError: They do not.
+    """
+    from potluck.show import show_asks
+
+    show_asks(asks, part, invite, console)
+    found = refusals(asks, part.policy)
+    if found:
+        raise PolicyError(
+            f"{asks.recipe} asks for more than this participant's policy allows: {'; '.join(found)}",
+            "change the policy of your part (--allow, --max-local-steps, --max-bytes), or do not take part",
+        )
+    if options.ask and console.input("join? [y/N] ").strip().lower() not in ("y", "yes"):
+        raise PolicyError("not joined")
+
+
+def _hosted_recipe(path: Path, settings: Sequence[str], console: Console) -> Recipe:
+    """The recipe with the nats engine and without anybody's source: those are named where participants join."""
+    recipe = load_recipe(path, settings)
+    if not isinstance(recipe.engine, Nats):
+        recipe = load_recipe(path, [*settings, "engine={kind='nats'}"])
+    bare = tuple(p.model_copy(update={"source": None, "profile": None}) for p in recipe.participants)
+    recipe = recipe.model_copy(update={"participants": bare})
+    for warning in forecast(recipe).warnings:
+        console.print(f"[yellow]warning:[/] {warning}", highlight=False)
+    return recipe
+
+
+def _same_or_new(folder: Path, recipe: Recipe) -> None:
+    """Make the run folder, or be sure that the run in it is of this recipe.
+
+    Raises:
+        RunFolderError: It is another's, or the run is done.
+    """
+    if not (folder / "run.json").exists():
+        create_run(folder, recipe, Variant("together", recipe.participant_names))
+        return
+    known, _ = open_run(folder)
+    if recipe_hash(known) != recipe_hash(recipe):
+        raise RunFolderError(
+            f"{folder}: there is a run of another recipe here", "give this one another name or records.folder"
+        )
+    if finished(folder):
+        raise RunFolderError(f"{folder}: this run is finished", "another name or records.folder starts a new one")
+
+
+def _storage(recipe: Recipe) -> int:
+    """Bytes that the server keeps at most: an upload of everybody, twice, and a few states."""
+    assert isinstance(recipe.engine, Nats)
+    if recipe.engine.storage is not None:
+        return recipe.engine.storage
+    expected = forecast(recipe)
+    largest = max(4 * expected.parameters, expected.peak_update_bytes)
+    return 5 * largest * (len(recipe.participant_names) + 2) + (1 << 28)
+
+
+def _blobs(recipe: Recipe, connection: Connection, names: Names, journal: Callable[[str], None]) -> Blobs:
+    assert isinstance(recipe.engine, Nats)
+    if recipe.engine.blobs == "jetstream":
+        return JetStreamBlobs(connection, names, journal)
+    from potluck.engine.nats.objects import ObjectBlobs
+
+    return ObjectBlobs(recipe.engine.blobs, names, journal)
+
+
+@contextmanager
+def _server(premises: Premises, storage: int, journal: Journal) -> Iterator[None]:
+    """A server of our own while the run is on, or somebody else's."""
+    if premises.place.url:
+        from potluck.engine.nats.server import users_config
+
+        path = premises.folder / "users.conf"
+        path.write_text(users_config(premises.users))
+        journal(f"the users that {premises.place.url} must know: {path}")
+        yield
+        return
+    server = Server(premises.server_settings(storage), journal)
+    server.start()
+    try:
+        yield
+    finally:
+        server.stop()
+
+
+@contextmanager
+def _connected(access: Access, journal: Callable[[str], None]) -> Iterator[Connection]:
+    connection = Connection(access, journal)
+    connection.open(CONNECT_SECONDS)
+    try:
+        yield connection
+    finally:
+        connection.close()
+
+
+def _tell_how_to_join(premises: Premises, recipe: Recipe, console: Console) -> None:
+    allow = " --allow words" if recipe.tokenizer.kind == "bpe" else ""
+    console.print(f"server: {' '.join(premises.place.urls)}   run: {premises.names.run}", highlight=False)
+    console.print("send each participant its invite (a secret), and this line:", highlight=False)
+    for path in premises.invites.values():
+        line = f"  potluck join {premises.place.urls[0]} --invite {path} --data FOLDER{allow}"
+        console.print(line, highlight=False, soft_wrap=True)
+
+
+def _invite(url: str | None, path: Path, key: Path | None) -> Invite:
+    """An invite with the address and the key of the command line."""
+    invite = load_invite(path)
+    if url is not None:
+        invite = replace(invite, urls=(url,))
+    if not invite.seed and key is None:
+        raise InviteError(f"{path}: holds no key", "name the file that `potluck join --make-key` wrote: --key FILE")
+    if invite.seed and key is not None:
+        raise InviteError(f"{path}: holds a key already", "leave out --key")
+    return replace(invite, seed=read_or_make_seed(key)) if key is not None else invite
+
+
+def _participant_access(invite: Invite) -> Access:
+    names = Names(invite.run)
+    return Access(invite.urls, invite.certificate, invite.seed, names.inbox(invite.participant), invite.participant)

@@ -1,0 +1,67 @@
+"""A participant's own part: its text, its machine, what it lets a coordinator ask. It stays with the participant."""
+
+from __future__ import annotations
+
+import tomllib
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import ValidationError
+
+from potluck.errors import RecipeError
+from potluck.recipe.load import absolute_paths, explain
+from potluck.recipe.sources import Source
+from potluck.recipe.table import Table, setting
+
+Kind = Literal["train", "stream", "eager", "evaluate", "words"]
+
+
+class Policy(Table):
+    """What a coordinator may ask of this participant; anything beyond is refused, and the answer says so."""
+
+    kinds: tuple[Kind, ...] = setting(
+        ("train", "stream", "eager", "evaluate"),
+        "Kinds of tasks. `words` gives away how often each word stands in the text; a trained tokenizer needs it.",
+    )
+    max_local_steps: int = setting(10_000, "Local steps in one task, at most.", unit="local steps", ge=1)
+    max_bytes: int = setting(16 << 30, "Tensors of one message, either way, at most.", unit="bytes", ge=1)
+    max_parameters: int = setting(4_000_000_000, "Size of the model, at most.", unit="parameters", ge=1)
+
+
+class Part(Table):
+    """One participant's own part of a run."""
+
+    source: Source = setting(..., "Its text.")
+    model: str | None = setting(
+        None, "Its own copy of the model folder, if the recipe goes on from one; only its shape is used."
+    )
+    device: str = setting("auto", "`auto`, `cpu`, `cuda` or `cuda:N`.", pattern=r"^(auto|cpu|cuda(:[0-9]+)?)$")
+    threads: int = setting(0, "CPU threads; 0 leaves the choice to torch.", unit="threads", ge=0)
+    policy: Policy = setting(Policy(), "What the coordinator may ask.")
+
+
+def load_part(path: Path | None, changes: dict[str, Any]) -> Part:
+    """Read a participant's part, and put what the command line says over it.
+
+    Args:
+        path: TOML file; its paths are relative to it. ``None`` begins with nothing.
+        changes: Keys of the part, as in the file.
+
+    Raises:
+        RecipeError: The file cannot be read, or what it says is wrong.
+    """
+    raw: dict[str, Any] = {}
+    if path is not None:
+        try:
+            raw = absolute_paths(tomllib.loads(path.read_text(encoding="utf-8")), path.parent)
+        except FileNotFoundError:
+            raise RecipeError(f"{path}: there is no such file") from None
+        except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+            raise RecipeError(f"{path}: cannot be read ({error})") from None
+    policy = {**raw.get("policy", {}), **changes.pop("policy", {})}
+    try:
+        return Part.model_validate({**raw, **changes, **({"policy": policy} if policy else {})})
+    except ValidationError as error:
+        faults = "; ".join(explain(fault, Part) for fault in error.errors(include_url=False))
+        where = path or "what this participant brings"
+        raise RecipeError(f"{where}: {faults}", "docs/reference/recipe.md lists every key of a part") from None
