@@ -210,3 +210,18 @@ def events() -> Callable[..., Events]:
         return [event for event in found if kind is None or event["event"] == kind]
 
     return read
+
+
+@pytest.fixture(scope="session")
+def final_hash(events: Callable[..., Events]) -> Callable[[Path], str]:
+    """The hash of a finished run's weights, as the log and the last checkpoint say it."""
+
+    def read(folder: Path) -> str:
+        from potluck.models.flat import state_hash
+        from potluck.records.checkpoint import load_checkpoint
+
+        (said,) = [event["state_hash"] for event in events(folder, "run_finished")]
+        assert state_hash(load_checkpoint(folder / "checkpoints").parts["shared"]["theta"]) == said
+        return str(said)
+
+    return read

@@ -16,7 +16,6 @@ from urllib.parse import urlsplit
 from rich.console import Console
 from rich.table import Table
 
-from potluck.engine.nats.blobs import CHUNK_BYTES
 from potluck.engine.nats.bulk import Bulk
 from potluck.engine.nats.connection import Access, Connection
 from potluck.engine.nats.identity import Invite, load_invite, read_or_make_seed, tls_context

@@ -90,21 +90,6 @@ def done(kept: Kept, tmp_path: Path) -> Path:
 
 
 @pytest.fixture(scope="session")
-def final_hash(events: Callable[..., Events]) -> Callable[[Path], str]:
-    """The hash of a finished run's weights, as the log and the last checkpoint say it."""
-
-    def read(folder: Path) -> str:
-        from potluck.models.flat import state_hash
-        from potluck.records.checkpoint import load_checkpoint
-
-        (said,) = [event["state_hash"] for event in events(folder, "run_finished")]
-        assert state_hash(load_checkpoint(folder / "checkpoints").parts["shared"]["theta"]) == said
-        return str(said)
-
-    return read
-
-
-@pytest.fixture(scope="session")
 def story(events: Callable[..., Events]) -> Callable[[Path], Any]:
     """A run's events but for being resumed and for bytes: a resumed run sends the shared state once more."""
     bytes_sent = ("down_bytes", "up_bytes", "transfers")
