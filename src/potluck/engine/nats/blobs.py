@@ -9,10 +9,9 @@ from pathlib import Path
 from typing import Protocol
 
 from potluck.contribution import ParticipantId
-from potluck.engine.nats.bulk import Bulk, patiently
+from potluck.engine.nats.bulk import Bulk, Damaged, patiently
 from potluck.engine.nats.connection import Connection
 from potluck.engine.nats.subjects import CHUNK_BYTES, Names
-from potluck.errors import EngineError
 from potluck.files import storing
 
 GiveUp = Callable[[], bool]
@@ -148,12 +147,12 @@ class _Growing:
         self._file.flush()
         if self._hash.hexdigest() != self._digest or os.fstat(self._file.fileno()).st_size != self._size:
             self._path.unlink(missing_ok=True)
-            raise EngineError(f"blob {self._digest[:12]}: its content does not match its hash")
+            raise Damaged(f"blob {self._digest[:12]}: its content does not match its hash")
 
     def _append(self, chunk: memoryview) -> None:
         expected = min(CHUNK_BYTES, self._size - self.chunks * CHUNK_BYTES)
         if chunk.nbytes != expected:
-            raise EngineError(f"blob {self._digest[:12]}: chunk {self.chunks} has {chunk.nbytes} bytes, not {expected}")
+            raise Damaged(f"blob {self._digest[:12]}: chunk {self.chunks} has {chunk.nbytes} bytes, not {expected}")
         with storing(self._path):
             self._file.write(chunk)
         self._hash.update(chunk)

@@ -29,6 +29,10 @@ class Missing(EngineError):
     """A chunk is not, or not yet, on the server."""
 
 
+class Damaged(EngineError):
+    """What came is not what was announced; trying again does not mend it."""
+
+
 class Bulk:
     """A blocking connection for chunks.
 
@@ -186,6 +190,7 @@ def patiently(attempt: Callable[[], bool], give_up: Callable[[], bool], told: Ca
     """Try until ``attempt`` says it is done; a broken connection is made anew, from where the last one came to.
 
     Raises:
+        Damaged: What came is not what was announced.
         EngineError: ``give_up`` said so, with what went wrong last.
     """
     problem = "nothing was tried"
@@ -193,7 +198,9 @@ def patiently(attempt: Callable[[], bool], give_up: Callable[[], bool], told: Ca
         try:
             if attempt():
                 return
-        except (Missing, EngineError, OSError, EOFError) as error:
+        except Damaged:
+            raise
+        except (EngineError, OSError, EOFError) as error:
             problem = str(error) or type(error).__name__
             if not isinstance(error, Missing):
                 told(f"a transfer broke: {problem}; going on")

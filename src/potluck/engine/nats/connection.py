@@ -6,6 +6,7 @@ It stays while the server is away: calls wait for its return as long as they are
 from __future__ import annotations
 
 import asyncio
+import concurrent.futures
 import json
 import logging
 import threading
@@ -26,7 +27,7 @@ logging.getLogger("asyncio").addFilter(lambda record: "eof_received" not in reco
 PING_SECONDS = 5
 CONNECT_SECONDS = 5.0
 ANSWER_SECONDS = 5.0
-WORKING_SECONDS = 10.0
+WORKING_SECONDS = 3.0
 _STORE_IS_FULL = (10023, 10047, 10077)  # JetStream's codes for no room in account, server or stream
 T = TypeVar("T")
 
@@ -96,11 +97,12 @@ class Connection:
     def __init__(self, access: Access, told: Callable[[str], None] = lambda _: None) -> None:
         self.access, self._told = access, told
         self._violations: list[str] = []
-        self._last_error = ""
+        self._closed = False
         self._nats: Nats | None = None
         self._loop = asyncio.new_event_loop()
         self._connecting = asyncio.Lock()
-        threading.Thread(target=self._loop.run_forever, name="potluck-nats", daemon=True).start()
+        self._thread = threading.Thread(target=self._loop.run_forever, name="potluck-nats", daemon=True)
+        self._thread.start()
 
     def open(self, patience: float) -> None:
         """Connect, trying for so many seconds.
@@ -122,12 +124,18 @@ class Connection:
 
     def close(self) -> None:
         """Leave, and end the thread."""
-        if self._nats is not None and not self._nats.is_closed:
-            try:
-                self._run(self._nats.close(), 5)
-            except (TimeoutError, EngineError):
-                self._told("the connection could not be closed in order")
+        if self._closed:
+            return
+        self._closed = True
+        future = asyncio.run_coroutine_threadsafe(self._leave(), self._loop)
+        try:
+            future.result(5)
+        except TimeoutError:
+            self._told("the connection could not be closed in order")
         self._loop.call_soon_threadsafe(self._loop.stop)
+        self._thread.join(5)
+        if not self._loop.is_running():
+            self._loop.close()
 
     @property
     def connected(self) -> bool:
@@ -207,6 +215,8 @@ class Connection:
             if self._nats is not None and self._nats.is_connected:
                 await self._nats.publish(subject, data)
 
+        if self._closed:
+            return
         asyncio.run_coroutine_threadsafe(publish(), self._loop)
 
     def ping(self) -> float:
@@ -227,7 +237,7 @@ class Connection:
     def _request(self, subject: str, data: bytes, patience: float, once: bool = False) -> Msg:
         """Ask, again and again while the server is away, or only once."""
         until = time.monotonic() + patience
-        while True:
+        while not self._closed:
             seen = len(self._violations)
             wait = max(0.05, min(patience if once else ANSWER_SECONDS, until - time.monotonic()))
             try:
@@ -243,6 +253,7 @@ class Connection:
                     f"{', '.join(self.access.urls)}: {subject}: no answer ({problem})", _HINTS[EngineError]
                 )
             time.sleep(0.1)
+        raise EngineError("the connection is closed")
 
     async def _ask(self, subject: str, data: bytes, wait: float, own_inbox: bool) -> Msg:
         """Ask once; what a consumer delivers keeps its subject, and so needs an inbox of its own."""
@@ -278,10 +289,23 @@ class Connection:
             self._told("connected again")
         self._nats = connection
 
+    async def _leave(self) -> None:
+        if self._nats is not None and not self._nats.is_closed:
+            await self._nats.close()
+        others = asyncio.all_tasks() - {asyncio.current_task()}
+        for other in others:
+            other.cancel()
+        await asyncio.gather(*others, return_exceptions=True)
+
     def _run(self, work: Coroutine[Any, Any, T], timeout: float) -> T:
+        if self._closed:
+            work.close()
+            raise EngineError("the connection is closed")
         future = asyncio.run_coroutine_threadsafe(work, self._loop)
         try:
             return future.result(timeout)
+        except (asyncio.CancelledError, concurrent.futures.CancelledError):
+            raise EngineError("the connection is closed") from None
         except TimeoutError:
             future.cancel()
             raise
@@ -291,10 +315,10 @@ class Connection:
         if "permissions violation" in text.lower():
             self._violations.append(text.replace("nats: ", ""))
             self._told(text)
-        self._last_error = text
 
     async def _on_lost(self) -> None:
-        self._told("the server is away")
+        if not self._closed:
+            self._told("the server is away")
 
 
 _HINTS: dict[type[EngineError], str] = {

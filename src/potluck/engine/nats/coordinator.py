@@ -22,6 +22,7 @@ from potluck.errors import EngineError, PotluckError
 from potluck.recipe.engine import Nats
 
 END = "end"
+ACK_SECONDS = 10  # a task whose participant does not say that it works comes again
 _FETCHERS = 4
 Key = tuple[ParticipantId, str]
 Told = Callable[[ParticipantId, str], None]
@@ -364,8 +365,7 @@ def make_streams(connection: Connection, names: Names, participants: Sequence[Pa
         ensure_stream(connection, {**chunky, **stream, "max_bytes": half})
     bucket = {"name": f"KV_{names.members}", "subjects": [f"$KV.{names.members}.>"], "max_bytes": 1 << 24}
     ensure_stream(connection, {**chunky, **bucket, "allow_rollup_hdrs": True})
-    wait = 30 * 10**9
-    consumer = {"ack_policy": "explicit", "ack_wait": wait, "max_deliver": -1}
+    consumer = {"ack_policy": "explicit", "ack_wait": ACK_SECONDS * 10**9, "max_deliver": -1}
     ensure_consumers(
         connection,
         names.tasks,

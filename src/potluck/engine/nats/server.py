@@ -10,6 +10,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -110,6 +111,7 @@ class Server:
     def __init__(self, settings: ServerSettings, told: Callable[[str], None]) -> None:
         self.settings, self._told = settings, told
         self._binary, self._pid = find_server(), settings.folder / "server.pid"
+        self._process: subprocess.Popen[bytes] | None = None  # None if another process of this run started it
         self._over = threading.Event()
         self.write_config()
 
@@ -149,8 +151,10 @@ class Server:
         os.kill(pid, signal.SIGTERM)
         until = time.monotonic() + patience
         while self.running() is not None and time.monotonic() < until:
-            self._reap()
             time.sleep(0.02)
+        if self._process is not None:
+            with suppress(subprocess.TimeoutExpired):
+                self._process.wait(patience)
         self._pid.unlink(missing_ok=True)
 
     def _spawn(self) -> None:
@@ -184,9 +188,8 @@ class Server:
                     self._over.wait(1.0)
 
     def _reap(self) -> None:
-        process = getattr(self, "_process", None)
-        if process is not None:
-            process.poll()
+        if self._process is not None:
+            self._process.poll()
 
 
 def _last_line(path: Path) -> str:
