@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import base64
 import json
+import secrets
 import socket
 import ssl
 import time
@@ -42,6 +43,9 @@ class Bulk:
 
     def __init__(self, access: Access) -> None:
         self._access = access
+        self._inbox = (
+            f"{access.inbox}.{secrets.token_hex(8)}"  # other threads' answers are not ours
+        )
         self._buffer, self._low, self._high = memoryview(bytearray(_BUFFER)), 0, 0
         problem = "no address"
         for url in access.urls:
@@ -73,7 +77,7 @@ class Bulk:
         flying = 0
         for number, parts in chunks:
             size = sum(part.nbytes for part in parts)
-            head = f"PUB {subject(number)} {self._access.inbox}.b.{number} {size}\r\n".encode()
+            head = f"PUB {subject(number)} {self._inbox}.{number} {size}\r\n".encode()
             self._socket.sendall(head)
             for part in parts:
                 self._socket.sendall(part)
@@ -97,7 +101,7 @@ class Bulk:
         for received in range(len(numbers)):
             while asked < len(numbers) and asked - received < IN_FLIGHT:
                 number = numbers[asked]
-                self._socket.sendall(f"PUB {direct(number)} {self._access.inbox}.b.{number} 0\r\n\r\n".encode())
+                self._socket.sendall(f"PUB {direct(number)} {self._inbox}.{number} 0\r\n\r\n".encode())
                 asked += 1
             number, headers, size = self._message()
             if len(body) < size + 2:
@@ -148,7 +152,7 @@ class Bulk:
             "lang": "potluck", "version": "1", "name": f"{self._access.name} chunks",
             "nkey": public_key(self._access.seed), "sig": signature,
         }  # fmt: skip
-        self._socket.sendall(f"CONNECT {json.dumps(hello)}\r\nSUB {self._access.inbox}.b.* 1\r\nPING\r\n".encode())
+        self._socket.sendall(f"CONNECT {json.dumps(hello)}\r\nSUB {self._inbox}.* 1\r\nPING\r\n".encode())
         while (line := self._line()) != b"PONG":
             if line.startswith(b"-ERR"):
                 raise ValueError(line.decode(errors="replace"))

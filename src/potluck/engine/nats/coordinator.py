@@ -259,11 +259,11 @@ class NatsEngine:
             reply = self._failed(sent, "rejected", f"{type(error).__name__}: {error}")
         finally:
             path.unlink(missing_ok=True)  # what is mapped stays until it is let go
-        self._finish(sent, reply)
         try:
-            self._post.blobs.drop(sent.to, digest)
+            self._post.blobs.drop(sent.to, digest)  # before the reply counts: the next one may be the same blob
         except PotluckError as error:
             self._inbox.put((sent.to, f"its blob could not be dropped: {error}"))
+        self._finish(sent, reply)
 
     def _reply(self, frame: Frame, sent: _Sent, payload: bytes | Path | None) -> Reply:
         status, up_bytes = frame.facts.get("status"), frame.size + (frame.blob[1] if frame.blob else 0)
