@@ -13,7 +13,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from benchmarks.peers.wire_https import Processes, Report, free_port, measure, read_json
+from benchmarks.peers._wire import Processes, Report, free_port, measure, read_json
 
 APP = Path(__file__).parent / "flare_wire_app"
 ADMIN, SERVER, SITE = "admin@potluck.example", "localhost", "site-1"

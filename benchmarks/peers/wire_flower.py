@@ -14,7 +14,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from benchmarks.peers.wire_https import Processes, Report, free_port, listens, measure, read_json
+from benchmarks.peers._wire import Processes, Report, free_port, listens, measure, read_json
 
 HOST = "127.0.0.1"
 APP = Path(__file__).parent / "flower_wire_app"

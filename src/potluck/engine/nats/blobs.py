@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import hashlib
 import os
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Protocol
 
 from potluck.contribution import ParticipantId
-from potluck.engine.nats.bulk import Bulk, Damaged, patiently
+from potluck.engine.nats.bulk import RING, Bulk, Damaged, patiently
 from potluck.engine.nats.connection import Connection
 from potluck.engine.nats.subjects import CHUNK_BYTES, Names
 from potluck.files import storing
@@ -74,15 +76,23 @@ class JetStreamBlobs:
             to.parent.mkdir(parents=True, exist_ok=True)
 
         def attempt() -> bool:
-            with Bulk(self._connection.access) as bulk, _Growing(partial, digest, size) as growing:
+            with (
+                Bulk(self._connection.access) as bulk,
+                _Growing(partial, digest, size) as growing,
+                ThreadPoolExecutor(1, "potluck-hash") as hasher,  # hashing and writing leave the socket alone
+            ):
                 stream = self._names.states if owner is None else self._names.uploads
                 numbers = range(growing.chunks, chunk_count(size))
-                for number, chunk in bulk.get(
-                    lambda n: self._names.direct(stream, self._subject(owner, f"{digest}.{n}")), numbers
-                ):
-                    growing.add(number, chunk)
+                subject = lambda n: self._names.direct(stream, self._subject(owner, f"{digest}.{n}"))  # noqa: E731
+                behind: deque[Future[None]] = deque()
+                for number, chunk in bulk.get(subject, numbers):
+                    behind.append(hasher.submit(growing.add, number, chunk))
+                    if len(behind) == RING - 1:
+                        behind.popleft().result()
                     if give_up():
                         return False
+                for future in behind:
+                    future.result()
                 growing.check()
             return True
 

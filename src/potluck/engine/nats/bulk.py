@@ -22,6 +22,7 @@ from potluck.engine.nats.identity import public_key, sign, tls_context
 from potluck.errors import EngineError
 
 IN_FLIGHT = 12
+RING = 4
 STALL_SECONDS = 20.0
 _BUFFER = 1 << 16
 
@@ -43,9 +44,7 @@ class Bulk:
 
     def __init__(self, access: Access) -> None:
         self._access = access
-        self._inbox = (
-            f"{access.inbox}.{secrets.token_hex(8)}"  # other threads' answers are not ours
-        )
+        self._inbox = f"{access.inbox}.{secrets.token_hex(8)}"  # other threads' answers are not ours
         self._buffer, self._low, self._high = memoryview(bytearray(_BUFFER)), 0, 0
         problem = "no address"
         for url in access.urls:
@@ -90,13 +89,13 @@ class Bulk:
             yield self._stored()
 
     def get(self, direct: Callable[[int], str], numbers: Sequence[int]) -> Iterator[tuple[int, memoryview]]:
-        """Fetch chunks by number, in any order; a chunk's memory holds until the next one.
+        """Fetch chunks by number, in any order; a chunk's memory holds until `RING` more have come.
 
         Raises:
             Missing: A chunk is not there.
             EngineError, OSError: The connection broke.
         """
-        body = memoryview(bytearray(0))
+        ring = [memoryview(bytearray(0))] * RING
         asked = 0
         for received in range(len(numbers)):
             while asked < len(numbers) and asked - received < IN_FLIGHT:
@@ -104,8 +103,9 @@ class Bulk:
                 self._socket.sendall(f"PUB {direct(number)} {self._inbox}.{number} 0\r\n\r\n".encode())
                 asked += 1
             number, headers, size = self._message()
-            if len(body) < size + 2:
-                body = memoryview(bytearray(size + 2))
+            if len(ring[received % RING]) < size + 2:
+                ring[received % RING] = memoryview(bytearray(size + 2))
+            body = ring[received % RING]
             self._exactly(body[: size + 2])
             if size == 0 or b" 404 " in headers or b"NATS/1.0 4" in headers or b"NATS/1.0 5" in headers:
                 raise Missing(f"chunk {number} is not there")
@@ -197,7 +197,7 @@ def patiently(attempt: Callable[[], bool], give_up: Callable[[], bool], told: Ca
         Damaged: What came is not what was announced.
         EngineError: ``give_up`` said so, with what went wrong last.
     """
-    problem = "nothing was tried"
+    problem = "there was no time"
     while not give_up():
         try:
             if attempt():

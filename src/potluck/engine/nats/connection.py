@@ -19,6 +19,7 @@ from typing import Any, TypeVar
 import nats.errors
 from nats.aio.client import Client as Nats
 from nats.aio.msg import Msg
+from nats.aio.subscription import Subscription
 
 from potluck.engine.nats.identity import tls_context
 from potluck.errors import EngineError, Refused, StorageError
@@ -99,6 +100,7 @@ class Connection:
         self._violations: list[str] = []
         self._closed = False
         self._nats: Nats | None = None
+        self._inboxes: dict[str, tuple[Nats, Subscription]] = {}
         self._loop = asyncio.new_event_loop()
         self._connecting = asyncio.Lock()
         self._thread = threading.Thread(target=self._loop.run_forever, name="potluck-nats", daemon=True)
@@ -196,14 +198,12 @@ class Connection:
         """
         body = json.dumps({"batch": 1, "expires": int(wait * 1e9)}).encode()
         try:
-            message = self._request(asked, body, wait + 2, once=True)
-        except Refused:
-            raise
-        except EngineError:
-            time.sleep(0.1)
+            message = self._run(self._pull(asked, body, wait + 2), wait + 3)
+        except (EngineError, TimeoutError, nats.errors.Error, OSError):
+            time.sleep(0.1)  # the server is away
             return None
-        if (message.headers or {}).get("Status"):
-            if (message.headers or {}).get("Status") != "404" and "408" not in str(message.headers):
+        if status := (message.headers or {}).get("Status"):
+            if status not in ("404", "408"):
                 time.sleep(0.1)
             return None
         return Delivery(self, message.subject, message.data, message.reply)
@@ -234,34 +234,45 @@ class Connection:
             raise EngineError("the server does not answer") from None
         return time.monotonic() - began
 
-    def _request(self, subject: str, data: bytes, patience: float, once: bool = False) -> Msg:
-        """Ask, again and again while the server is away, or only once."""
+    def _request(self, subject: str, data: bytes, patience: float) -> Msg:
+        """Ask, again and again while the server is away."""
         until = time.monotonic() + patience
         while not self._closed:
             seen = len(self._violations)
-            wait = max(0.05, min(patience if once else ANSWER_SECONDS, until - time.monotonic()))
+            wait = max(0.05, min(ANSWER_SECONDS, until - time.monotonic()))
             try:
-                return self._run(self._ask(subject, data, wait, once), wait + 1)
+                return self._run(self._ask(subject, data, wait), wait + 1)
             except Refused:
                 raise
             except (EngineError, TimeoutError, nats.errors.Error, OSError) as error:
                 problem = str(error) or type(error).__name__
             if refusal := next((v for v in self._violations[seen:] if f'"{subject}"'.lower() in v.lower()), ""):
                 raise Refused(refusal, _HINTS[Refused])
-            if time.monotonic() >= until or once:
+            if time.monotonic() >= until:
                 raise EngineError(
                     f"{', '.join(self.access.urls)}: {subject}: no answer ({problem})", _HINTS[EngineError]
                 )
             time.sleep(0.1)
         raise EngineError("the connection is closed")
 
-    async def _ask(self, subject: str, data: bytes, wait: float, own_inbox: bool) -> Msg:
-        """Ask once; what a consumer delivers keeps its subject, and so needs an inbox of its own."""
+    async def _ask(self, subject: str, data: bytes, wait: float) -> Msg:
+        return await (await self._there()).request(subject, data, timeout=wait)
+
+    async def _pull(self, asked: str, body: bytes, wait: float) -> Msg:
+        """Ask a consumer; what it delivers keeps its own subject, and so needs an inbox of its own."""
+        connection = await self._there()
+        if (inbox := self._inboxes.get(asked)) is None or inbox[0] is not connection:
+            inbox = (connection, await connection.subscribe(connection.new_inbox()))
+            self._inboxes[asked] = inbox
+        await connection.publish(asked, body, reply=inbox[1].subject)
+        return await inbox[1].next_msg(timeout=wait)
+
+    async def _there(self) -> Nats:
         async with self._connecting:
             if self._nats is None or self._nats.is_closed:
                 await self._connect()
         assert self._nats is not None
-        return await self._nats.request(subject, data, timeout=wait, old_style=own_inbox)
+        return self._nats
 
     async def _connect(self) -> None:
         connection = Nats()

@@ -7,7 +7,7 @@ import os
 import re
 from collections import deque
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
@@ -30,7 +30,12 @@ RETRY_SECONDS = 20.0
 LOOK_SECONDS = 0.2  # between two looks at whether to give up
 ABORT_SECONDS = 2.0
 
-_ENVIRONMENTS = ("AWS", "AZURE", "GOOGLE")
+_ENVIRONMENTS = {"s3": "AWS", "s3a": "AWS", "gs": "GOOGLE", "az": "AZURE", "abfs": "AZURE", "abfss": "AZURE"}
+_CREDENTIAL = re.compile(
+    r"AWS_(ACCESS_KEY_ID|WEB_IDENTITY_TOKEN_FILE|CONTAINER_CREDENTIALS_\w+_URI|SKIP_SIGNATURE)"
+    r"|GOOGLE_(SERVICE_ACCOUNT(_PATH|_KEY)?|APPLICATION_CREDENTIALS|SKIP_SIGNATURE)"
+    r"|AZURE_(STORAGE_\w*(KEY|TOKEN)|\w+_SECRET|FEDERATED_TOKEN_FILE|SKIP_SIGNATURE)"
+)
 _CONNECTION_SETTINGS = ("allow_http", "allow_invalid_certificates", "proxy_url", "proxy_ca_certificate")
 _FULL = re.compile(r"os error (28|122)\b|status code: 507|QuotaExceeded|StorageFull|InsufficientStorage")
 _CREDENTIALS = "credentials come from the environment, such as AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY"
@@ -65,8 +70,9 @@ class ObjectBlobs:
                     yield piece
 
         async def attempt() -> None:
-            if await self._size(key, give_up) == size:
-                return
+            with suppress(Refused):  # S3 refuses to tell whether it is there to those who may not list
+                if await self._size(key, give_up) == size:
+                    return
             try:
                 sending = self._store.put_async(key, pieces(), chunk_size=PIECE_BYTES, max_concurrency=IN_FLIGHT)
                 with _plainly(self._place):
@@ -203,23 +209,41 @@ async def _unless(give_up: GiveUp, awaited: Awaitable[_T], grace: float = 0.0) -
 
 
 def _store(url: str, place: str) -> ObjectStore:
+    """The store of a URL; of its answers nothing is known yet.
+
+    Raises:
+        MissingExtra: obstore is not installed.
+        EngineError: The URL is of no kind that is known, or the environment holds no credentials for it.
+    """
     try:
         from obstore.exceptions import BaseError
         from obstore.store import from_url
     except ImportError:
         raise MissingExtra(f"{place}: needs the library `obstore`", "pip install 'potluck[store]'") from None
-    options = {"timeout": f"{REQUEST_SECONDS:.0f}s"}
-    for setting in _CONNECTION_SETTINGS:  # options given here would hide those of the environment
-        found = [os.environ[name] for env in _ENVIRONMENTS if (name := f"{env}_{setting.upper()}") in os.environ]
-        options.update(dict.fromkeys((setting,), found[0]) if found else {})
-    retries = {"max_retries": 5, "retry_timeout": timedelta(seconds=RETRY_SECONDS)}
+    scheme = urlsplit(url).scheme
     try:
-        if urlsplit(url).scheme == "file":
+        if scheme == "file":
             return from_url(url, mkdir=True)
-        return from_url(url, client_options=options, retry_config=retries)  # type: ignore[call-overload, no-any-return]
+        if scheme not in _ENVIRONMENTS:
+            raise ValueError("no such kind of store")
+        own = {name: value for name, value in os.environ.items() if name.startswith(_ENVIRONMENTS[scheme] + "_")}
+        if not any(
+            value and _CREDENTIAL.fullmatch(name) for name, value in own.items()
+        ):  # else this machine's are sought
+            raise ValueError("no credentials in the environment")
+        retries = {"max_retries": 5, "retry_timeout": timedelta(seconds=RETRY_SECONDS)}
+        return from_url(  # type: ignore[call-overload, no-any-return]
+            url, client_options=_connection_options(_ENVIRONMENTS[scheme]), retry_config=retries
+        )
     except (BaseError, ValueError, OSError) as error:
         hint = "name one such as s3://bucket/prefix, gs://bucket/prefix or file:///folder; " + _CREDENTIALS
         raise EngineError(f"{place}: cannot be used as a store ({_said(error)})", hint) from None
+
+
+def _connection_options(environment: str) -> dict[str, str]:
+    """How long a request may take, and what the environment says of connections: that would be forgotten otherwise."""
+    found = {name: os.environ.get(f"{environment}_{name.upper()}", "") for name in _CONNECTION_SETTINGS}
+    return {"timeout": f"{REQUEST_SECONDS:.0f}s"} | {name: value for name, value in found.items() if value}
 
 
 def _without_credentials(url: str) -> str:
@@ -262,4 +286,6 @@ def _said(error: Exception) -> str:
         code = re.search(r"<Code>(\w{1,60})</Code>", text)
         return status[1].strip() + (f", {code[1]}" if code else "")
     line = text.partition("\n")[0].rpartition(" - ")[2]
+    if "builder error" in line:
+        return "the address cannot be used; one of plain http needs AWS_ALLOW_HTTP=true"
     return re.sub(r"\S*(://|[?=])\S*", "...", line).strip()[:200] or type(error).__name__

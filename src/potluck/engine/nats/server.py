@@ -20,7 +20,7 @@ from potluck.errors import EngineError, MissingExtra
 from potluck.files import storing
 
 LOOPBACK = ("127.0.0.1", "::1", "localhost")
-MEMORY_LIMIT = "200MiB"  # of the Go runtime; a stream's chunks are on disk
+MEMORY_LIMIT = "240MiB"  # of the Go runtime; a stream's chunks are on disk
 
 
 @dataclass(frozen=True, kw_only=True)
