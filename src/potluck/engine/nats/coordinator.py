@@ -23,6 +23,7 @@ from potluck.recipe.engine import Nats
 
 END = "end"
 ACK_SECONDS = 10  # a task whose participant does not say that it works comes again
+LEAVE_SECONDS = 2.0  # what was sent before a goodbye has come by then
 _FETCHERS = 4
 Key = tuple[ParticipantId, str]
 Told = Callable[[ParticipantId, str], None]
@@ -338,7 +339,7 @@ class NatsEngine:
             except PotluckError:
                 continue  # the server is away; the connection says so itself
             with self._lock:
-                gone = [sent for (name, _), sent in self._under_way.items() if self.members.presence(name) == "left"]
+                gone = [sent for (name, _), sent in self._under_way.items() if self.members.gone(name, LEAVE_SECONDS)]
             for sent in gone:
                 self._finish(sent, self._failed(sent, "failed", "it left before it answered"))
 

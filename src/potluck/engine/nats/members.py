@@ -89,6 +89,10 @@ class Members:
             return {"absent": "has not joined", "left": "has left", "reading": "is still preparing"}[presence]
         return self.unfit(name, self.of[name].said)
 
+    def gone(self, name: ParticipantId, seconds: float) -> bool:
+        """Whether a participant said goodbye, so long ago."""
+        return self.presence(name) == "left" and time.monotonic() - self.of[name].seen > seconds
+
     def facts(self, name: ParticipantId) -> dict[str, Any]:
         """What ``potluck status`` shows of one."""
         member = self.of[name]
