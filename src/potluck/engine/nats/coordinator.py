@@ -341,6 +341,9 @@ class NatsEngine:
             with self._lock:
                 gone = [sent for (name, _), sent in self._under_way.items() if self.members.gone(name, LEAVE_SECONDS)]
             for sent in gone:
+                self._forget_tasks(self._post.names.task(sent.to))  # when it comes back, the next round is its first
+                with self._lock:
+                    self._answered.add((sent.to, sent.name))
                 self._finish(sent, self._failed(sent, "failed", "it left before it answered"))
 
 
