@@ -14,7 +14,9 @@
     ├── RunFolderError      9   the run folder is in use, taken or not a run
     ├── MissingExtra       10   an optional library is not installed
     ├── EngineError        11   the message server cannot be reached, or does not do what it should
-    │   └── Refused             the server does not let this key do that
+    │   ├── Refused             the server does not let this key do that
+    │   ├── Missing             a part of a blob is not, or not yet, there
+    │   └── Damaged             what came is not what was announced
     ├── InviteError        12   an invite or a key cannot be used
     ├── PolicyError        13   a participant does not allow what it is asked
     └── Interrupted       130   stopped by Ctrl-C or SIGTERM, resumable
@@ -100,6 +102,14 @@ class EngineError(PotluckError):
 
 class Refused(EngineError):
     """The message server does not let this key do that."""
+
+
+class Missing(EngineError):
+    """A part of a blob is not, or not yet, on the server."""
+
+
+class Damaged(EngineError):
+    """What came is not what was announced; trying again does not mend it."""
 
 
 class InviteError(PotluckError):

@@ -4,21 +4,23 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import tomli_w
 from rich.console import Console
 from rich.table import Table
 
-from potluck.asking import Asks
-from potluck.engine.nats.identity import Invite
 from potluck.errors import MissingExtra, StorageError
 from potluck.planning import ENOUGH, PERIODS, Plan, Setting
 from potluck.preflight import Forecast
-from potluck.recipe.part import Part
 from potluck.records.charts import PALETTE
 from potluck.records.live import comparison_table
 from potluck.records.units import bytes_text, count_text, duration_text
+
+if TYPE_CHECKING:  # they load torch
+    from potluck.asking import Asks
+    from potluck.engine.nats.identity import Invite
+    from potluck.recipe.part import Part
 
 
 def show_forecast(expected: Forecast) -> None:

@@ -121,7 +121,7 @@ def split_message(data: bytes) -> tuple[Any, bytes | None]:
         if payload is None:
             return fields, None
         size, digest = payload["bytes"], payload["sha256"]
-    except (KeyError, TypeError, ValueError, RecursionError) as error:
+    except (AttributeError, KeyError, TypeError, ValueError, RecursionError) as error:
         raise TrainingError(f"not a message of format {FORMAT}: {error}") from None
     if size != len(data) - end:
         raise TrainingError(f"not a message of format {FORMAT}: a payload of {len(data) - end} bytes, {size} are named")

@@ -11,9 +11,10 @@ from pathlib import Path
 from typing import Protocol
 
 from potluck.contribution import ParticipantId
-from potluck.engine.nats.bulk import RING, Bulk, Damaged, patiently
+from potluck.engine.nats.bulk import RING, Bulk, patiently
 from potluck.engine.nats.connection import Connection
 from potluck.engine.nats.subjects import CHUNK_BYTES, Names
+from potluck.errors import Damaged
 from potluck.files import storing
 
 GiveUp = Callable[[], bool]

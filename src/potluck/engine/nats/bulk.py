@@ -19,20 +19,12 @@ from urllib.parse import urlsplit
 
 from potluck.engine.nats.connection import CONNECT_SECONDS, Access, _check
 from potluck.engine.nats.identity import public_key, sign, tls_context
-from potluck.errors import EngineError
+from potluck.errors import Damaged, EngineError, Missing
 
 IN_FLIGHT = 12
 RING = 4
 STALL_SECONDS = 20.0
 _BUFFER = 1 << 16
-
-
-class Missing(EngineError):
-    """A chunk is not, or not yet, on the server."""
-
-
-class Damaged(EngineError):
-    """What came is not what was announced; trying again does not mend it."""
 
 
 class Bulk:

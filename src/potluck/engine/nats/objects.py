@@ -15,9 +15,9 @@ from urllib.parse import urlsplit
 
 from potluck.contribution import ParticipantId
 from potluck.engine.nats.blobs import GiveUp, Parts, _Growing, chunks_of
-from potluck.engine.nats.bulk import Damaged, Missing, patiently
+from potluck.engine.nats.bulk import patiently
 from potluck.engine.nats.subjects import CHUNK_BYTES, Names
-from potluck.errors import EngineError, MissingExtra, PotluckError, RecipeError, Refused, StorageError
+from potluck.errors import Damaged, EngineError, Missing, MissingExtra, PotluckError, RecipeError, Refused, StorageError
 from potluck.files import storing
 
 if TYPE_CHECKING:
