@@ -310,7 +310,7 @@ def test_who_may_only_write_can_put(s3: Store) -> None:
 
 def test_a_bucket_that_is_not_there(s3: Store) -> None:
     digest, parts, _ = blob(10)
-    with pytest.raises(EngineError, match="no such bucket"):
+    with pytest.raises(StorageError, match="no such bucket"):
         ObjectBlobs("s3://other/x", Names(RUN)).put(None, digest, parts, never)
 
 

@@ -44,6 +44,7 @@ class SharedState:
     late: dict[TaskId, Asked] = field(default_factory=dict)
     arrived: list[Reply] = field(default_factory=list)
     _digest: tuple[int, str] = (-1, "")
+    _snapshot: tuple[int, Tensor] | None = None
 
     @property
     def digest(self) -> str:
@@ -51,6 +52,13 @@ class SharedState:
         if self._digest[0] != self.revision:
             self._digest = (self.revision, hashlib.sha256(self.theta.numpy().data).hexdigest())
         return self._digest[1]
+
+    @property
+    def snapshot(self) -> Tensor:
+        """``theta`` as it is now, for tasks that may be performed when it has moved on; one copy for all."""
+        if self._snapshot is None or self._snapshot[0] != self.revision:
+            self._snapshot = (self.revision, self.theta.clone())
+        return self._snapshot[1]
 
 
 def begin(recipe: Recipe, theta: Tensor, fragments: tuple[Fragment, ...]) -> SharedState:

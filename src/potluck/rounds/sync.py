@@ -173,11 +173,13 @@ def _task(recipe: Recipe, engine: Engine, shared: SharedState, name: str) -> Tas
         parameters["overlap"] = tail
     if name in shared.lost:
         parameters["lost"] = True
+    outlives = recipe.deadline is not None and not engine.remote  # performed here, and perhaps after this round
+    theta = shared.snapshot if outlives else shared.theta
     return Task(
         kind=_task_kind(recipe),
         revision=shared.revision,
         parameters=parameters,
-        tensors=shared.downloads.tensors(name, shared.theta, shared.revision),
+        tensors=shared.downloads.tensors(name, theta, shared.revision),
         state=shared.digest if engine.remote else "",
         seconds=recipe.deadline,
     )

@@ -78,7 +78,7 @@ class ObjectBlobs:
                 with _plainly(self._place):
                     await _unless(give_up, sending, ABORT_SECONDS)
             except FileNotFoundError:
-                raise _Hopeless(f"{self._place}: there is no such bucket or folder") from None
+                raise StorageError(f"{self._place}: there is no such bucket or folder") from None
 
         self._patiently(attempt, give_up)
 
@@ -177,7 +177,7 @@ class ObjectBlobs:
                 asyncio.run(attempt())
             except _GaveUp:
                 return False
-            except (_Hopeless, Refused) as error:
+            except Refused as error:
                 final.append(error)
             return True
 
@@ -188,10 +188,6 @@ class ObjectBlobs:
 
 class _GaveUp(Exception):
     """``give_up`` said so."""
-
-
-class _Hopeless(EngineError):
-    """Another try would end the same."""
 
 
 async def _unless(give_up: GiveUp, awaited: Awaitable[_T], grace: float = 0.0) -> _T:
