@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, get_args, get_origin
 
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
@@ -14,6 +14,7 @@ from typer.main import get_command
 from potluck.cli import app
 from potluck.models.shapes import PRESETS, parameter_count
 from potluck.recipe.load import tables_in
+from potluck.recipe.part import Part
 from potluck.recipe.schema import Recipe, Shape
 
 REFERENCE = Path(__file__).parent / "reference"
@@ -23,20 +24,23 @@ VOCABULARIES = (2_048, 32_000, 50_257)
 
 
 def recipe_page() -> str:
-    """Every table of a recipe with its keys, and the presets."""
+    """Every table of a recipe with its keys, the presets, and a participant's own part."""
+    done: set[type[BaseModel]] = set()
+    tables = [*sections("", Recipe, done)]
     shapes = [
         (f"`{name}`", *map(toml, dict(shape).values()), *(f"{parameter_count(shape, v):,}" for v in VOCABULARIES))
         for name, shape in PRESETS.items()
     ]
     head = ("preset", *Shape.model_fields, *(f"parameters with {v:,} tokens" for v in VOCABULARIES))
-    return page("_recipe_head.md", [*sections("", Recipe, set()), "## Presets\n\n" + grid(head, shapes)])
+    own = sections("", Part, done, "A participant's own part")
+    return page("_recipe_head.md", [*tables, "## Presets\n\n" + grid(head, shapes), *own])
 
 
-def sections(path: str, table: type[BaseModel], done: set[type[BaseModel]]) -> Iterator[str]:
+def sections(path: str, table: type[BaseModel], done: set[type[BaseModel]], top: str = "Top level") -> Iterator[str]:
     """A table, then the tables that it holds; each class once."""
     done.add(table)
     kind, first = table.model_fields.get("kind"), next(iter(table.model_fields))
-    title = f"`[{path}]`" if path else "Top level"
+    title = f"`[{path}]`" if path else top
     title = "`[[participants]]`" if path == "participants" else title
     if kind or path in ("model", "data.source"):
         title += f' with `kind = "{kind.default}"`' if kind else f" with `{first}`"
@@ -64,12 +68,16 @@ def about(field: FieldInfo) -> tuple[str, ...]:
 
 def spelled(annotation: Any) -> str:
     """A plain type, or the values it may have."""
+    if get_origin(annotation) is tuple:
+        return f"list of {spelled(get_args(annotation)[0])}"
     choices = [a for a in get_args(annotation) if a is not type(None)] or [annotation]
     return " or ".join(TYPES.get(c) or (spelled(c) if get_args(c) else f"`{toml(c)}`") for c in choices)
 
 
 def toml(value: Any) -> str:
-    """A scalar as TOML writes it."""
+    """A scalar, or a list of them, as TOML writes it."""
+    if isinstance(value, tuple):
+        return f"[{', '.join(map(toml, value))}]"
     return f'"{value}"' if isinstance(value, str) else "all" if value is None else str(value).lower()
 
 
