@@ -23,6 +23,7 @@ from potluck.engine.nats.connection import Connection
 from potluck.engine.nats.frames import signed
 from potluck.engine.nats.identity import new_seed
 from potluck.engine.nats.site import Received, Site
+from potluck.engine.nats.subjects import COORDINATOR
 from potluck.errors import EngineError, Refused
 from potluck.recipe import parse_recipe
 from potluck.records.events import Event, EventLog
@@ -248,6 +249,32 @@ def test_the_server_refuses_unknown_keys_and_other_peoples_subjects(world: World
     eve.store(world.names.member("eve"), b"{}")
     log = (world.folder / "server.log").read_text()
     assert "authentication error" in log and log.count("Publish Violation") >= 9 and "maximum payload" in log.lower()
+
+
+def test_the_server_does_for_nobody_what_he_may_not_do_himself(world: World) -> None:
+    """It answers on any subject that the asker names: asking where an answer is a command must command nothing."""
+    names = world.names
+    about = b"what the run is about"
+    world.connection.store(names.about, about)
+    world.connection.store(names.task("ann"), b"a task of ann's")
+    eve = world.connect("eve")
+    commands = [
+        f"$JS.API.STREAM.PURGE.{names.states}", f"$JS.API.STREAM.PURGE.{names.tasks}",
+        f"$JS.API.STREAM.DELETE.{names.replies}", names.member(COORDINATOR), names.reply("ann"),
+    ]  # fmt: skip
+
+    async def ask(connection: Any) -> None:
+        for command in commands:
+            for asked in (names.direct(names.states, names.state("nothing")), names.direct(names.states, names.about)):
+                await connection.publish(asked, b"", reply=command)
+        await connection.flush()
+
+    eve._run(ask(eve._nats), 10)
+    eve.store(names.member("eve"), b"{}")
+    assert world.connection.last(names.direct(names.states, names.about))[0] == about
+    assert world.connection.api(f"STREAM.INFO.{names.tasks}")["state"]["messages"] == 1
+    assert world.connection.api(f"STREAM.INFO.{names.replies}")["state"]["last_seq"] == 0
+    assert world.connection.last(names.direct(f"KV_{names.members}", names.member(COORDINATOR))) is None
 
 
 def test_whoever_dials_and_says_nothing_is_shown_the_door(world: World) -> None:

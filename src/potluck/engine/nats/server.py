@@ -20,6 +20,7 @@ from potluck.errors import EngineError, MissingExtra
 from potluck.files import storing
 
 LOOPBACK = ("127.0.0.1", "::1", "localhost")
+OWNER = "RUN"  # the account that holds the streams
 MEMORY_LIMIT = "240MiB"  # of the Go runtime; a stream's chunks are on disk
 
 
@@ -73,17 +74,46 @@ def server_config(settings: ServerSettings) -> str:
 
 
 def users_config(users: Mapping[str, Permissions]) -> str:
-    """The ``authorization`` block: who may do what; all else is refused."""
+    """The accounts of a run: who may do what; all else is refused.
+
+    The coordinator's account holds the run's streams. Everybody else has an account of its own, which imports just the
+    subjects that it may publish to. Permissions alone would not do: the server answers a request on any subject that
+    the asker names, and so would do for a participant what the participant may not.
+    """
+    owners = {key: permissions for key, permissions in users.items() if permissions.owner}
+    guests = {key: permissions for key, permissions in users.items() if not permissions.owner}
+    exports = [
+        f'        {{ service: "{subject}", response_type: "stream", accounts: ["{_account(key)}"] }}'
+        for key, permissions in guests.items()
+        for subject in permissions.publish
+    ]
+    blocks = [_account_block(OWNER, owners, "jetstream: enabled", "exports", exports)]
+    for key, permissions in guests.items():
+        imports = [
+            f'        {{ service: {{ account: "{OWNER}", subject: "{subject}" }} }}' for subject in permissions.publish
+        ]
+        blocks.append(_account_block(_account(key), {key: permissions}, "", "imports", imports))
+    return "authorization { timeout: 5 }\naccounts {\n" + "".join(blocks) + "}\n"
+
+
+def _account_block(name: str, users: Mapping[str, Permissions], first: str, kind: str, services: list[str]) -> str:
     lines = []
     for key, permissions in users.items():
         publish, subscribe = (
             ", ".join(f'"{subject}"' for subject in side) for side in (permissions.publish, permissions.subscribe)
         )
         lines.append(
-            f'    {{ nkey: "{key}", permissions: {{\n        publish: {{ allow: [{publish}] }}\n'
-            f"        subscribe: {{ allow: [{subscribe}] }}\n    }} }}"
+            f'        {{ nkey: "{key}", permissions: {{ publish: {{ allow: [{publish}] }}, '
+            f"subscribe: {{ allow: [{subscribe}] }} }} }}"
         )
-    return "authorization {\n    timeout: 5\n    users: [\n" + "\n".join(lines) + "\n    ]\n}\n"
+    body = [first] if first else []
+    body += ["users: [", *lines, "    ]", f"{kind}: [", *services, "    ]"]
+    return f"  {name} {{\n    " + "\n    ".join(body) + "\n  }\n"
+
+
+def _account(key: str) -> str:
+    """The account of one who is not the coordinator; its public key is unique, and is no secret."""
+    return f"P_{key[:16]}"
 
 
 def find_server() -> str:

@@ -14,10 +14,15 @@ COORDINATOR = "coordinator"
 
 @dataclass(frozen=True)
 class Permissions:
-    """Subjects that a user may publish to and subscribe to; all others are refused by the server."""
+    """Subjects that a user may publish to and subscribe to; all others are refused by the server.
+
+    Attributes:
+        owner: The run's streams are this user's; all others reach them only through these subjects.
+    """
 
     publish: tuple[str, ...]
     subscribe: tuple[str, ...]
+    owner: bool = False
 
 
 @dataclass(frozen=True)
@@ -141,6 +146,7 @@ def coordinator_permissions(names: Names) -> Permissions:
             *(f"$JS.API.DIRECT.GET.{stream}.>" for stream in streams[2:]),
         ),
         subscribe=(names.inbox(COORDINATOR) + ".>",),
+        owner=True,
     )
 
 
