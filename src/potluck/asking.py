@@ -14,6 +14,7 @@ from potluck.contribution import Contribution
 from potluck.corpus.tokenizer import word_counts
 from potluck.errors import PolicyError, TrainingError
 from potluck.recipe import Recipe
+from potluck.recipe.engine import Nats
 from potluck.recipe.load import parse_recipe
 from potluck.recipe.part import Part, Policy
 from potluck.recipe.schema import Bpe, ModelFolder
@@ -38,6 +39,7 @@ class Asks:
     kinds: tuple[str, ...]
     parameters: int | None
     message_bytes: int | None
+    blobs: str
 
 
 def about_asks(facts: Mapping[str, Any]) -> tuple[Asks, Recipe]:
@@ -65,6 +67,7 @@ def about_asks(facts: Mapping[str, Any]) -> tuple[Asks, Recipe]:
         kinds=tuple(kinds),
         parameters=parameters,
         message_bytes=None if parameters is None else 4 * parameters,
+        blobs=recipe.engine.blobs if isinstance(recipe.engine, Nats) else "jetstream",
     ), recipe
 
 
@@ -77,6 +80,10 @@ def refusals(asks: Asks, policy: Policy) -> list[str]:
         found.append(f"{asks.parameters:,} parameters, the policy allows {policy.max_parameters:,}")
     if asks.message_bytes is not None and asks.message_bytes > policy.max_bytes:
         found.append(f"messages of {asks.message_bytes:,} bytes, the policy allows {policy.max_bytes:,}")
+    if asks.blobs != "jetstream" and not any(asks.blobs.startswith(store) for store in policy.stores):
+        found.append(
+            f"large messages in {asks.blobs}, the policy allows {', '.join(policy.stores) or 'no other store'}"
+        )
     return found
 
 
@@ -95,6 +102,17 @@ def check_policy(policy: Policy, fields: Mapping[str, Any], payload_bytes: int) 
         raise PolicyError(f"not allowed here: {steps} + {overlap} local steps, at most {policy.max_local_steps}")
     if payload_bytes > policy.max_bytes:
         raise PolicyError(f"not allowed here: a message of {payload_bytes} bytes, at most {policy.max_bytes}")
+
+
+def check_size(policy: Policy, contribution: Contribution) -> None:
+    """Hold an answer against the policy, before anything of it leaves.
+
+    Raises:
+        PolicyError: It is larger than that.
+    """
+    size = sum(tensor.numel() * tensor.element_size() for tensor in contribution.tensors.values())
+    if size > policy.max_bytes:
+        raise PolicyError(f"not allowed here: an answer of {size} bytes, at most {policy.max_bytes}")
 
 
 def local_recipe(recipe: Recipe, name: str, part: Part, shards: str) -> Recipe:

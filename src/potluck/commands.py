@@ -70,6 +70,8 @@ def compare(recipe_path: Path, settings: Sequence[str], console: Console, pooled
 def resume(folder: Path, console: Console, number: int | None) -> Result:
     """Go on with what is in a run folder."""
     recipe, variant = open_run(folder)
+    if isinstance(recipe.engine, Nats):
+        raise RecipeError(f"{folder}: a hosted run", "`potluck host` with the same recipe goes on with it")
     with locked(folder):
         if variant.kind != "comparison":
             return _train(folder, recipe, variant, console, number)
@@ -81,6 +83,9 @@ def resume(folder: Path, console: Console, number: int | None) -> Result:
 def evaluate(folder: Path, console: Console, model: Path | None, number: int | None, best: bool) -> Result:
     """Held-out loss on the run's texts of the run's model, or of another model folder with its own tokenizer."""
     folder = _single_run(folder)
+    if isinstance(open_run(folder)[0].engine, Nats):
+        hint = "its events hold every evaluation that the participants made: `potluck report`"
+        raise RecipeError(f"{folder}: a hosted run; its texts are where its participants are", hint)
     if model is not None and (best or number is not None):
         raise RecipeError("--model goes without --best and --round: they choose a checkpoint of the run")
     if model is not None:

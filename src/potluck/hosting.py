@@ -108,6 +108,7 @@ def gather(
     assert isinstance(recipe.engine, Nats)
     members = Members(post.connection, post.names, recipe.participant_names, recipe.engine.silence)
     engine = NatsEngine(post, members, recipe.engine, 2 * MAX_WORD_BYTES, refused)
+    engine.progress["rounds"] = recipe.rounds.count
     say_about(post, recipe, None, None, folder)
     vocabulary = _vocabulary(recipe, engine, folder, journal, stop)
     network = place(build_model(recipe.model, vocabulary.size, vocabulary.end_of_text, recipe.seed), recipe.compute)
@@ -207,7 +208,7 @@ def _wait(engine: NatsEngine, count: int, journal: Journal, stop: Callable[[], b
     """Wait until so many participants are there; say whenever somebody comes or goes."""
     shown: dict[str, str] = {}
     while True:
-        away = {name: engine.members.away(name, reading) for name in engine.members.of}
+        away = {name: engine.members.away(name, reading, silent=False) for name in engine.members.of}
         for name, reason in away.items():
             if reason != shown.get(name, "has not joined"):
                 journal(f"{name}: {reason or 'is here'}", participant=name)

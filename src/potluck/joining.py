@@ -23,7 +23,7 @@ from typing import Any
 import torch
 
 from potluck import __version__
-from potluck.asking import Asks, about_asks, check_policy, words_contribution
+from potluck.asking import Asks, about_asks, check_policy, check_size, words_contribution
 from potluck.contribution import Contribution
 from potluck.corpus.shards import Corpus, Holding, build_corpus
 from potluck.corpus.tokenizer import Vocabulary, vocabulary_of
@@ -256,6 +256,7 @@ def _perform(
         joined.done = NOWHERE if trains else joined.done
         contribution = participant.perform(task)
         joined.worked_seconds += time.monotonic() - worked
+        check_size(joined.policy, contribution)
     except (PolicyError, TrainingError) as error:
         joined.journal(f"task {received.name}: {error}")
         return Answer(None, str(error))

@@ -21,11 +21,12 @@ from potluck.engine.nats.connection import Access, Connection
 from potluck.engine.nats.identity import Invite, load_invite, read_or_make_seed, tls_context
 from potluck.engine.nats.members import Members
 from potluck.engine.nats.premises import WATCHER
-from potluck.engine.nats.subjects import CHUNK_BYTES, COORDINATOR, Names, token
+from potluck.engine.nats.subjects import CHUNK_BYTES, COORDINATOR, Names
 from potluck.errors import EngineError, InviteError, PotluckError, Refused
 
 Found = dict[str, Any]
 _BANDWIDTH_CHUNKS = 8
+_SILENCE_SECONDS = 30.0
 _CLOCK_SECONDS = 60.0
 _DISK_BYTES = 1 << 30
 
@@ -51,10 +52,10 @@ def run_status(folder: Path | None, invite_path: Path | None) -> Found:
     with closing(Connection(access_of(invite))) as connection:
         connection.open(5.0)
         found = connection.last(names.direct(f"KV_{names.members}", names.member(COORDINATOR)))
-        progress = json.loads(found[0]) if found is not None else {}
+        progress = _progress(found[0]) if found is not None else {}
         about = connection.last(names.direct(names.states, names.about))
         participants = _participants(about[0]) if about is not None else []
-        members = Members(connection, names, participants, silence=float("inf"))
+        members = Members(connection, names, participants, silence=_SILENCE_SECONDS)
         members.look()
         return {
             "run": invite.run,
@@ -87,6 +88,8 @@ def examine_access(invite_path: Path, key: Path | None, folder: Path) -> Found:
         InviteError: The invite or the key cannot be used.
     """
     invite = load_invite(invite_path)
+    if not invite.seed and key is None:
+        raise InviteError(f"{invite_path}: holds no key", "name your own key file: --key FILE")
     if not invite.seed and key is not None:
         invite = replace(invite, seed=read_or_make_seed(key))
     access, names = access_of(invite), Names(invite.run)
@@ -124,6 +127,14 @@ def access_of(invite: Invite) -> Access:
     """How whoever is invited reaches the server."""
     inbox = Names(invite.run).inbox(invite.participant)
     return Access(invite.urls, invite.certificate, invite.seed, inbox, invite.participant)
+
+
+def _progress(data: bytes) -> dict[str, Any]:
+    try:
+        found = json.loads(data)
+    except ValueError:
+        return {}
+    return found if isinstance(found, dict) else {}
 
 
 def _participants(about: bytes) -> list[str]:
@@ -193,8 +204,14 @@ def _permissions(connection: Connection, names: Names, name: str) -> str:
 
 
 def _clock(connection: Connection, names: Names, name: str) -> str:
-    stamp = connection.api(f"CONSUMER.INFO.{names.tasks}.{token(name)}", patience=5.0)["ts"]
-    ahead = (datetime.now(UTC) - datetime.fromisoformat(f"{stamp[:19]}+00:00")).total_seconds()
+    """When the server says that it stored something just now."""
+    subject = names.upload(name, f"{'0' * 64}.0")
+    connection.store(subject, b"now", patience=5.0)
+    found = connection.last(names.direct(names.uploads, subject), patience=5.0)
+    if found is None:
+        raise EngineError("what was stored a moment ago is not there")
+    stamp = datetime.fromisoformat(f"{found[1]['Nats-Time-Stamp'][:19]}+00:00")
+    ahead = (datetime.now(UTC) - stamp).total_seconds()
     if abs(ahead) > _CLOCK_SECONDS:
         raise EngineError(f"{ahead:.0f} s ahead of the server", "set the clock: certificates and logs depend on it")
     return f"within {abs(ahead) + 1:.0f} s of the server's"

@@ -37,6 +37,7 @@ from potluck.updates import codec
 Result = dict[str, Any]
 CONNECT_SECONDS = 30.0
 END_SECONDS = 10.0
+_AGAIN = "the same command goes on with it"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,7 +65,7 @@ def host(recipe_path: Path, settings: Sequence[str], hosting: Hosting, console: 
             folder / "host", recipe.name, recipe.participant_names, hosting.place, hosting.own_keys, hosting.rotate
         )
         try:
-            with resumable(f"potluck host {recipe_path}", console) as stopping:
+            with resumable(_AGAIN, console) as stopping:
                 _hosted(recipe, folder, premises, journal, console, stopping)
         finally:
             journal.close()
@@ -77,7 +78,8 @@ def _hosted(
     """Everything between the first key and the last goodbye."""
     storage = _storage(recipe)
     with _server(premises, storage, journal), _connected(premises.access(), journal) as connection:
-        make_streams(connection, premises.names, premises.participants, storage)
+        assert isinstance(recipe.engine, Nats)
+        make_streams(connection, premises.names, premises.participants, storage, recipe.engine.replicas)
         blobs = _blobs(recipe, connection, premises.names, journal)
         folder_in = folder / "host" / "incoming"
         post = Post(connection, premises.names, premises.seed, premises.keys, blobs, codec, folder_in)
@@ -122,7 +124,10 @@ def join(url: str | None, invite_path: Path, part: Part, options: Joining, conso
     with locked(folder):
         journal = Journal(folder / "join.log", lambda text: console.print(text, highlight=False, markup=False))
         access = _participant_access(invite)
-        with _connected(access, journal) as connection, resumable("the same command", console) as stopping:
+        with (
+            _connected(access, journal) as connection,
+            resumable(_AGAIN, console) as stopping,
+        ):
             names, keys = Names(invite.run), {COORDINATOR: invite.coordinator}
             blobs: Blobs = JetStreamBlobs(connection, names, journal)
             post = Post(connection, names, invite.seed, keys, blobs, codec, folder / "incoming")

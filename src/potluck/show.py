@@ -125,7 +125,8 @@ def show_result(result: Mapping[str, Any]) -> None:
         for name, row in (*result["participants"].items(), ("union", result["union"])):
             table.add_row(name, f"{row['bits_per_byte']:.4f}", count_text(row["tokens"]))
         console.print(table)
-    for key in ("run", "round", "rounds", "total_tokens", "bits_per_byte", "model", "report"):
+    facts = ("run", "round", "rounds", "total_tokens", "bits_per_byte", "model", "report")
+    for key in (*facts, "participant", "ended", "tasks", "worked_seconds", "folder", "public", "key"):
         if result.get(key) is not None:
             console.print(f"{key.replace('_', ' ')}: {result[key]}", markup=False)
 
@@ -142,6 +143,7 @@ def show_asks(asks: Asks, part: Part, invite: Invite, console: Console) -> None:
         ("local steps a task", str(asks.local_steps), f"at most {policy.max_local_steps}"),
         ("rounds", f"{asks.rounds} of {count_text(asks.tokens_per_round)} tokens", ""),
         ("parameters", parameters, f"at most {count_text(policy.max_parameters)}"),
+        ("large messages in", asks.blobs, ", ".join(["jetstream", *policy.stores])),
         ("a message", message, f"at most {bytes_text(policy.max_bytes)}"),
         (
             "the server",

@@ -40,6 +40,9 @@ class Nats(Table):
     blobs: str = setting(
         "jetstream", "Where blobs lie: `jetstream`, or the URL of an object store such as `s3://bucket/prefix`."
     )
+    replicas: int = setting(
+        1, "Servers that hold each stream; more than 1 needs a cluster of as many.", unit="servers", ge=1, le=5
+    )
     storage: int | None = setting(
         None, "What the server may keep on disk; left out: worked out from model and participants.", unit="bytes", ge=1
     )

@@ -63,6 +63,7 @@ def recipe_hash(recipe: Recipe) -> str:
     Where text, tokenizer and model lie is left out: a checkpoint names their content.
     """
     content = recipe.model_dump(mode="json", exclude={"records": True, "compute": True, "data": {"shards"}})
+    content["engine"] = {"kind": recipe.engine.kind}  # how messages travel does not change what they say
     return hashlib.sha256(json.dumps(_without_paths(content), sort_keys=True).encode()).hexdigest()
 
 

@@ -80,12 +80,14 @@ class NatsEngine:
         self._lock, self._over = threading.Lock(), threading.Event()
         self._inbox: queue.Queue[Reply | tuple[ParticipantId, str]] = queue.Queue()
         self._under_way: dict[Key, _Sent] = {}
-        self._progress: dict[str, Any] = {}
+        self.progress: dict[str, Any] = {}
         self._early: dict[ParticipantId, tuple[str, Delivery, Frame]] = {}
         self._answered: set[Key] = set()
         self._states: dict[str, set[TaskId]] = {}
         self._leftover = post.blobs.held(None)
         self._forget_tasks(post.names.task("*"))  # of an earlier session; they are asked again
+        for name in members.of:
+            post.blobs.drop(name, "0" * 64)  # what a doctor measured with
         self._packed: tuple[tuple[str, ...], Packed] | None = None
         self._fetchers = ThreadPoolExecutor(_FETCHERS, "potluck-fetch")
         for work in (self._listen, self._watch):
@@ -188,9 +190,9 @@ class NatsEngine:
         if event["event"] in ("run_started", "run_resumed", "round", "evaluation", "run_finished"):
             bits = (event.get("union") or {}).get("bits_per_byte")
             facts = {"rounds": event.get("rounds"), "round": event.get("round"), "bits_per_byte": bits}
-            self._progress |= {key: value for key, value in facts.items() if value is not None}
-            self._progress |= {"status": "working", "event": event["event"], "time": event["time"]}
-            self._post.connection.tell(self._post.names.member(COORDINATOR), json.dumps(self._progress).encode())
+            self.progress |= {key: value for key, value in facts.items() if value is not None}
+            self.progress |= {"status": "working", "event": event["event"], "time": event["time"]}
+            self._post.connection.tell(self._post.names.member(COORDINATOR), json.dumps(self.progress).encode())
 
     def close(self) -> None:
         """Stop listening."""
@@ -347,17 +349,20 @@ class NatsEngine:
                 self._finish(sent, self._failed(sent, "failed", "it left before it answered"))
 
 
-def make_streams(connection: Connection, names: Names, participants: Sequence[ParticipantId], storage: int) -> None:
+def make_streams(
+    connection: Connection, names: Names, participants: Sequence[ParticipantId], storage: int, replicas: int = 1
+) -> None:
     """The run's streams, bucket and consumers; what is there stays.
 
     Args:
         storage: Bytes that the server may keep in all.
+        replicas: Servers of a cluster that hold each stream.
 
     Raises:
         StorageError: The server has less room than that.
         EngineError: The server does not make them.
     """
-    common = {"storage": "file", "discard": "new", "num_replicas": 1}  # refuse what does not fit, lose nothing
+    common = {"storage": "file", "discard": "new", "num_replicas": replicas}  # refuse what does not fit, lose nothing
     queue_like = {**common, "retention": "workqueue", "max_msg_size": 1 << 20, "max_bytes": max(storage // 20, 1 << 24)}
     chunky = {**common, "retention": "limits", "allow_direct": True, "max_msgs_per_subject": 1}
     ensure_stream(connection, {**queue_like, "name": names.tasks, "subjects": [names.task("*")]})

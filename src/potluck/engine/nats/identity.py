@@ -9,6 +9,7 @@ import base64
 import hashlib
 import ipaddress
 import os
+import re
 import ssl
 import tomllib
 from collections.abc import Sequence
@@ -34,6 +35,7 @@ except ImportError as missing:
 
 SIGNATURE_BYTES = 64
 CERTIFICATE_DAYS = 3650
+_NAME, _RUN = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}"), re.compile(r"[0-9a-f]{12}")
 
 
 def new_seed() -> str:
@@ -203,6 +205,8 @@ def load_invite(path: Path) -> Invite:
         raise InviteError(f"{path}: not an invite ({error})") from None
     if not all(isinstance(text, str) for text in texts) or not is_public_key(invite.coordinator) or not invite.urls:
         raise InviteError(f"{path}: not an invite: it is damaged")
+    if not (_NAME.fullmatch(invite.participant) and _NAME.fullmatch(invite.recipe) and _RUN.fullmatch(invite.run)):
+        raise InviteError(f"{path}: not an invite: its names are none")
     if invite.certificate and fingerprint(invite.certificate) != invite.fingerprint:
         raise InviteError(f"{path}: its certificate is not the one it names", "ask the coordinator for a new invite")
     return invite

@@ -6,6 +6,7 @@ import json
 import time
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
+from datetime import UTC, datetime
 from typing import Any, Literal
 
 from potluck.contribution import ParticipantId
@@ -72,19 +73,23 @@ class Members:
             except ValueError:
                 continue
             if isinstance(said, dict):
-                member.said, member.revision, member.seen = said, revision, time.monotonic()
+                age = 0.0 if member.revision else _age(headers.get("Nats-Time-Stamp", ""))
+                member.said, member.revision, member.seen = said, revision, time.monotonic() - age
 
     def presence(self, name: ParticipantId) -> Presence:
         """Where a participant is."""
         return self.of[name].presence(time.monotonic(), self._silence)
 
-    def away(self, name: ParticipantId, reading: bool = False) -> str:
+    def away(self, name: ParticipantId, reading: bool = False, silent: bool = True) -> str:
         """Why a participant cannot be given a task now; empty if it can.
 
         Args:
             reading: One that is still preparing will do.
+            silent: And so will one that gives no sign of life: it may come back.
         """
         presence = self.presence(name)
+        if presence == "silent" and not silent:
+            return "is silent"
         if presence in ("absent", "left") or (presence == "reading" and not reading):
             return {"absent": "has not joined", "left": "has left", "reading": "is still preparing"}[presence]
         return self.unfit(name, self.of[name].said)
@@ -99,3 +104,11 @@ class Members:
         ago = time.monotonic() - member.seen
         seen = None if ago == float("inf") else round(ago, 1)
         return {"presence": self.presence(name), "seen_seconds_ago": seen, **member.said}
+
+
+def _age(stamp: str) -> float:
+    """Seconds since the server stored a value that was there before us, by the clocks of both; 0 if they disagree."""
+    try:
+        return max(0.0, (datetime.now(UTC) - datetime.fromisoformat(f"{stamp[:19]}+00:00")).total_seconds())
+    except ValueError:
+        return 0.0

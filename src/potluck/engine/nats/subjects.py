@@ -122,10 +122,10 @@ def participant_permissions(names: Names, name: ParticipantId) -> Permissions:
             names.upload(name, ">"),
             names.member(name),
             names.next(names.tasks, token(name)),
-            f"$JS.API.CONSUMER.INFO.{names.tasks}.{token(name)}",
             f"$JS.ACK.{names.tasks}.{token(name)}.>",
             names.direct(names.states, names.state(">")),
             names.direct(names.states, names.about),
+            names.direct(names.uploads, names.upload(name, ">")),
         ),
         subscribe=(names.inbox(name) + ".>",),
     )
