@@ -7,14 +7,16 @@ at both ends. The participant sends the tensors that came back as a contribution
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
+import os
 import sys
 import time
 from pathlib import Path
 from typing import Any
 
 from benchmarks.peers._wire import Processes, Report, free_port, measure, read_json, write_json
-from potluck.contribution import Contribution, Task
+from potluck.contribution import Contribution, Packed, Task
 from potluck.engine.nats.blobs import JetStreamBlobs
 from potluck.engine.nats.connection import Connection
 from potluck.engine.nats.coordinator import NatsEngine, Post, make_streams
@@ -26,6 +28,7 @@ from potluck.engine.nats.site import Site
 from potluck.engine.nats.subjects import COORDINATOR, Names
 from potluck.looking import access_of
 from potluck.recipe.engine import Nats
+from potluck.updates.framing import fields_of
 
 TENSORS = 16
 STORAGE = 16 << 30
@@ -52,10 +55,6 @@ def _role(name: str, settings: dict[str, Any]) -> list[str]:
 
 def coordinate(settings: dict[str, Any]) -> None:
     """Server and engine: pings, then the payload there and back, or one state for all."""
-    import torch
-
-    from potluck.updates import codec
-
     folder, people = Path(settings["folder"]), settings["people"]
     premises = open_premises(folder / "host", "wire", people, Place(port=settings["port"]), {})
     server = Server(premises.server_settings(STORAGE), lambda _: None)
@@ -64,6 +63,7 @@ def coordinate(settings: dict[str, Any]) -> None:
     connection.open(20)
     make_streams(connection, premises.names, people, STORAGE)
     blobs = JetStreamBlobs(connection, premises.names)
+    codec = _codec(settings)
     post = Post(connection, premises.names, premises.seed, premises.keys, blobs, codec, folder / "incoming")
     members = Members(connection, premises.names, people, 60.0)
     engine = NatsEngine(post, members, Nats(), 1 << 40, lambda who, why: print("refused", who, why, flush=True))
@@ -71,12 +71,9 @@ def coordinate(settings: dict[str, Any]) -> None:
     while any(members.presence(name) != "ready" for name in people):
         time.sleep(0.05)
     found = {"ping_ms": [1e3 * _there_and_back(engine, people[:1], n, {}) for n in range(settings["pings"] + 1)][1:]}
-    size = settings["megabytes"] * 1_000_000 // 4 // TENSORS
-    generator = torch.Generator().manual_seed(0)
-    state = {f"w{i}": torch.rand(size, generator=generator) for i in range(TENSORS)}
-    times = []
+    times, state = [], _state(settings)
     for number in range(settings["transfers"]):
-        state["w0"][0] = number  # another state, another blob
+        next(iter(state.values()))[0] = number  # another state, another blob
         times.append(_there_and_back(engine, people, 1000 + number, state))
     down = [json.loads(path.read_text())["down"] for path in sorted(folder.glob("p0-*.json"))]
     found |= {"transfer_seconds": times}
@@ -100,10 +97,49 @@ def _there_and_back(engine: NatsEngine, people: list[str], revision: int, tensor
     return time.perf_counter() - began
 
 
-def participate(settings: dict[str, Any]) -> None:
-    """A site that sends back what it gets; a puller only says that it has it."""
+def _state(settings: dict[str, Any]) -> dict[str, Any]:
+    """Random fp32 tensors; for pullers, whose processes do without torch, as many bytes."""
+    if settings["pullers"]:
+        return {"bytes": bytearray(os.urandom(1 << 20)) * (settings["megabytes"] * 1_000_000 >> 20)}
+    import torch
+
+    size, generator = settings["megabytes"] * 1_000_000 // 4 // TENSORS, torch.Generator().manual_seed(0)
+    return {f"w{i}": torch.rand(size, generator=generator) for i in range(TENSORS)}
+
+
+def _codec(settings: dict[str, Any]) -> Any:
+    if settings["pullers"]:
+        return PlainCodec()
     from potluck.updates import codec
 
+    return codec
+
+
+class PlainCodec:
+    """Messages whose one tensor is bytes: the engine itself needs no torch."""
+
+    def pack(self, message: Task | Contribution, like: Packed | None = None) -> Packed:
+        task = isinstance(message, Task)
+        header = message.parameters if task else message.header
+        fields = fields_of("task" if task else "contribution", message.kind, message.revision, header)
+        if not message.tensors:
+            return Packed(fields=fields)
+        if like is not None:
+            return Packed(fields={**fields, "payload": like.fields["payload"]}, parts=like.parts)
+        (content,) = map(memoryview, message.tensors.values())
+        named = {"bytes": content.nbytes, "sha256": hashlib.sha256(content).hexdigest()}
+        return Packed(fields={**fields, "payload": named}, parts=[content])
+
+    def unpack(self, fields: Any, payload: bytes | Path | None) -> Task | Contribution:
+        kind, revision, tensors = fields["kind"], fields["revision"], {} if payload is None else {"bytes": payload}
+        if fields["message"] == "task":
+            return Task(kind=kind, revision=revision, parameters=fields["header"], tensors=tensors)
+        return Contribution(kind=kind, revision=revision, header=fields["header"], tensors=tensors)
+
+
+def participate(settings: dict[str, Any]) -> None:
+    """A site that sends back what it gets; a puller only says that it has it."""
+    codec = _codec(settings)
     folder, name = Path(settings["folder"]), settings["name"]
     invite = load_invite(folder / "host" / "invites" / f"{name}.toml")
     names = Names(invite.run)
