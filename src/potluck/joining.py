@@ -13,9 +13,10 @@
 
 from __future__ import annotations
 
-import threading
 import time
 from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -68,7 +69,8 @@ class Joined:
     tasks: int = 0
     worked_seconds: float = 0.0
     began: float = field(default_factory=time.monotonic)
-    uploading: threading.Thread | None = None
+    upcoming: Future[Received | None] | None = None  # the next task, if it is fetched while local steps go on
+    behind: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(1, "potluck-behind"))
 
     def result(self, ended: str) -> dict[str, Any]:
         """What ``potluck join`` prints in the end."""
@@ -114,11 +116,13 @@ def attend(joined: Joined) -> dict[str, Any]:
         site.say(status="ready", task="")
         joined.journal("ready", participant=participant.name)
         return joined.result(_serve(joined, participant, store))
+    except PotluckError as error:
+        site.say(reason=str(error))
+        raise
     finally:
-        if joined.uploading is not None:
-            joined.uploading.join(10)
+        joined.behind.shutdown(wait=True, cancel_futures=True)
         try:
-            site.say(status="left")
+            site.say(status="left", task="")
             site.sign_of_life()
         except PotluckError:
             joined.journal("could not say goodbye: the server is away")
@@ -193,63 +197,81 @@ def _check_layout(joined: Joined, network: Network) -> None:
 def _serve(joined: Joined, participant: Participant, store: LocalStore) -> str:
     """Task after task; the reason why it ended."""
     while not joined.stop():
-        received = joined.site.next(WAIT_SECONDS)
+        received = joined.upcoming.result() if joined.upcoming is not None else joined.site.next(WAIT_SECONDS)
+        joined.upcoming = None
         if received is None:
             continue
         if received.ends:
             received.delivery.done()
             return str(received.frame.facts.get("reason", "the run is over"))
         joined.site.say(status="working", task=received.name)
-        with received.delivery.kept():
-            _one_task(joined, participant, store, received)
+        _one_task(joined, participant, store, received)
         joined.site.say(status="ready", task="", worked_seconds=round(joined.worked_seconds, 1))
     return "it was asked to leave"
 
 
 def _one_task(joined: Joined, participant: Participant, store: LocalStore, received: Received) -> None:
-    """Answer one task, and acknowledge it when the answer is with the server."""
-    began = time.monotonic()
-    deadline = float("inf") if received.seconds is None else began + received.seconds
-    give_up = lambda: time.monotonic() > deadline  # noqa: E731
-    if joined.uploading is not None:
-        joined.uploading.join()
-    answer = store.answer(received.name)
-    if answer is None:
-        try:
-            answer = _perform(joined, participant, store, received, give_up)
-        except EngineError as error:  # it may come again
-            joined.journal(f"task {received.name}: {error}")
+    """Answer one task; it is acknowledged when the answer is with the server.
+
+    Where local steps go on while an exchange travels, the answer leaves and the next task comes behind their back.
+    """
+    with received.delivery.kept():
+        answer = store.answer(received.name)
+        if answer is None:
+            try:
+                answer = _perform(joined, participant, store, received)
+            except EngineError as error:  # it may come again
+                joined.journal(f"task {received.name}: {error}")
+                return
+        else:
+            joined.journal(f"task {received.name} was done before; its answer is sent again")
+        joined.tasks += 1
+        if not participant.state.pending[1] or answer.contribution is None:
+            _send(joined, received, answer)
             return
-    else:
-        joined.journal(f"task {received.name} was done before; its answer is sent again")
-
-    def send() -> None:
-        try:
-            joined.site.answer(received.name, answer.contribution, answer.reason, give_up)
-            received.delivery.done()
-        except PotluckError as error:
-            joined.journal(f"task {received.name}: the answer could not be sent: {error}")
-
-    if participant.state.pending[1] and answer.contribution is not None:  # local steps go on while it travels
-        joined.uploading = threading.Thread(target=send, name="potluck-upload", daemon=True)
-        joined.uploading.start()
-        worked = time.monotonic()
-        participant.go_ahead()
-        joined.worked_seconds += time.monotonic() - worked
-    else:
-        send()
-    joined.tasks += 1
+    joined.upcoming = joined.behind.submit(_send_and_fetch, joined, received, answer)
+    worked = time.monotonic()
+    participant.go_ahead()
+    joined.worked_seconds += time.monotonic() - worked
 
 
-def _perform(
-    joined: Joined, participant: Participant, store: LocalStore, received: Received, give_up: Callable[[], bool]
-) -> Answer:
+def _send(joined: Joined, received: Received, answer: Answer) -> None:
+    try:
+        joined.site.answer(received.name, answer.contribution, answer.reason, _too_late(received))
+        received.delivery.done()
+    except PotluckError as error:
+        joined.journal(f"task {received.name}: the answer could not be sent: {error}")
+
+
+def _send_and_fetch(joined: Joined, received: Received, answer: Answer) -> Received | None:
+    """Send an answer, then wait for the next task and fetch its tensors."""
+    with received.delivery.kept():
+        _send(joined, received, answer)
+    while not joined.stop():
+        upcoming = joined.site.next(WAIT_SECONDS)
+        if upcoming is None:
+            continue
+        with suppress(PolicyError, EngineError), upcoming.delivery.kept():  # they show again when it is performed
+            if not upcoming.ends:
+                check_policy(joined.policy, upcoming.fields, upcoming.payload_bytes)
+                joined.site.fetch(upcoming, _too_late(upcoming))
+        return upcoming
+    return None
+
+
+def _too_late(received: Received) -> Callable[[], bool]:
+    """Whether nobody waits for the answer to a task any more, by the clock here."""
+    ends = float("inf") if received.seconds is None else time.monotonic() + received.seconds
+    return lambda: time.monotonic() > ends
+
+
+def _perform(joined: Joined, participant: Participant, store: LocalStore, received: Received) -> Answer:
     """Do a task and keep what it came to. A failure is an answer, too; it changes nothing."""
     fields, state = received.fields, participant.state
     trains = fields.get("kind") in _TRAINING
     try:
         check_policy(joined.policy, fields, received.payload_bytes)
-        task = joined.site.task(received, give_up)
+        task = joined.site.task(received, _too_late(received))
         if trains and joined.done != store.last_before(task.revision):
             _go_back(joined, participant, store, task.revision)
         worked = time.monotonic()

@@ -18,6 +18,7 @@ from rich.table import Table
 
 from potluck.engine.nats.bulk import Bulk
 from potluck.engine.nats.connection import Access, Connection
+from potluck.engine.nats.frames import read_frame
 from potluck.engine.nats.identity import Invite, load_invite, read_or_make_seed, tls_context
 from potluck.engine.nats.members import Members
 from potluck.engine.nats.premises import WATCHER
@@ -54,7 +55,7 @@ def run_status(folder: Path | None, invite_path: Path | None) -> Found:
         found = connection.last(names.direct(f"KV_{names.members}", names.member(COORDINATOR)))
         progress = _progress(found[0]) if found is not None else {}
         about = connection.last(names.direct(names.states, names.about))
-        participants = _participants(about[0]) if about is not None else []
+        participants = _participants(about[0], invite.coordinator) if about is not None else []
         members = Members(connection, names, participants, silence=_SILENCE_SECONDS)
         members.look()
         return {
@@ -137,11 +138,10 @@ def _progress(data: bytes) -> dict[str, Any]:
     return found if isinstance(found, dict) else {}
 
 
-def _participants(about: bytes) -> list[str]:
-    """Names in what a run is about. Only for show: the signature is not checked."""
-    start = about.find(b"{")
-    facts, _ = json.JSONDecoder().raw_decode(about[start:].decode(errors="replace"))
-    return [str(table["name"]) for table in facts["recipe"]["participants"]]
+def _participants(about: bytes, coordinator: str) -> list[str]:
+    """Names in what a run is about, signed by the coordinator."""
+    recipe = read_frame(about, coordinator).facts["recipe"]
+    return [str(table["name"]) for table in recipe["participants"]]
 
 
 def _disk(folder: Path) -> str:

@@ -221,9 +221,7 @@ def _agree(asks: Asks, part: Part, invite: Invite, options: Joining, console: Co
 
 def _hosted_recipe(path: Path, settings: Sequence[str], console: Console) -> Recipe:
     """The recipe with the nats engine and without anybody's source: those are named where participants join."""
-    recipe = load_recipe(path, settings)
-    if not isinstance(recipe.engine, Nats):
-        recipe = load_recipe(path, [*settings, "engine={kind='nats'}"])
+    recipe = load_recipe(path, [*settings, "engine={kind='nats'}"])
     bare = tuple(p.model_copy(update={"source": None, "profile": None}) for p in recipe.participants)
     recipe = recipe.model_copy(update={"participants": bare})
     for warning in forecast(recipe).warnings:

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Protocol
 
 from potluck.contribution import ParticipantId
-from potluck.engine.nats.bulk import RING, Bulk, patiently
+from potluck.engine.nats.bulk import RING, Bulks, patiently
 from potluck.engine.nats.connection import Connection
 from potluck.engine.nats.subjects import CHUNK_BYTES, Names
 from potluck.errors import Damaged
@@ -54,13 +54,15 @@ class JetStreamBlobs:
 
     def __init__(self, connection: Connection, names: Names, told: Callable[[str], None] = lambda _: None) -> None:
         self._connection, self._names, self._told = connection, names, told
+        self._bulks = Bulks(connection.access)
+        connection.closes.append(self._bulks.close)
 
     def put(self, owner: ParticipantId | None, digest: str, parts: Parts, give_up: GiveUp) -> None:
         """As `Blobs`: chunks that the server has confirmed are not sent again after a break."""
         missing = dict.fromkeys(range(chunk_count(sum(part.nbytes for part in parts))))
 
         def attempt() -> bool:
-            with Bulk(self._connection.access) as bulk:
+            with self._bulks.one() as bulk:
                 waiting = ((n, chunk) for n, chunk in enumerate(chunks_of(parts)) if n in missing)
                 for number in bulk.put(lambda n: self._subject(owner, f"{digest}.{n}"), waiting):
                     missing.pop(number, None)
@@ -78,7 +80,7 @@ class JetStreamBlobs:
 
         def attempt() -> bool:
             with (
-                Bulk(self._connection.access) as bulk,
+                self._bulks.one() as bulk,
                 _Growing(partial, digest, size) as growing,
                 ThreadPoolExecutor(1, "potluck-hash") as hasher,  # hashing and writing leave the socket alone
             ):

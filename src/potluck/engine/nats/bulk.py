@@ -11,8 +11,10 @@ import json
 import secrets
 import socket
 import ssl
+import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from types import TracebackType
 from typing import Any
 from urllib.parse import urlsplit
@@ -21,7 +23,9 @@ from potluck.engine.nats.connection import CONNECT_SECONDS, Access, _check
 from potluck.engine.nats.identity import public_key, sign, tls_context
 from potluck.errors import Damaged, EngineError, Missing
 
-IN_FLIGHT = 12
+PUTS_IN_FLIGHT = 8
+GETS_IN_FLIGHT = 6  # each is a MiB of the server's memory
+IDLE_SECONDS = 15.0  # the server drops whoever does not answer its pings
 RING = 4
 STALL_SECONDS = 20.0
 _BUFFER = 1 << 16
@@ -37,6 +41,7 @@ class Bulk:
     def __init__(self, access: Access) -> None:
         self._access = access
         self._inbox = f"{access.inbox}.{secrets.token_hex(8)}"  # other threads' answers are not ours
+        self.flying = 0  # requests without their answer
         self._buffer, self._low, self._high = memoryview(bytearray(_BUFFER)), 0, 0
         problem = "no address"
         for url in access.urls:
@@ -53,6 +58,10 @@ class Bulk:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Leave."""
         self._socket.close()
 
     def put(self, subject: Callable[[int], str], chunks: Iterator[tuple[int, list[memoryview]]]) -> Iterator[int]:
@@ -65,7 +74,6 @@ class Bulk:
             StorageError: The server's store is full.
             EngineError, OSError: The connection broke.
         """
-        flying = 0
         for number, parts in chunks:
             size = sum(part.nbytes for part in parts)
             head = f"PUB {subject(number)} {self._inbox}.{number} {size}\r\n".encode()
@@ -73,11 +81,12 @@ class Bulk:
             for part in parts:
                 self._socket.sendall(part)
             self._socket.sendall(b"\r\n")
-            flying += 1
-            if flying == IN_FLIGHT:
+            self.flying += 1
+            if self.flying == PUTS_IN_FLIGHT:
+                self.flying -= 1
                 yield self._stored()
-                flying -= 1
-        for _ in range(flying):
+        for _ in range(self.flying):
+            self.flying -= 1
             yield self._stored()
 
     def get(self, direct: Callable[[int], str], numbers: Sequence[int]) -> Iterator[tuple[int, memoryview]]:
@@ -90,15 +99,17 @@ class Bulk:
         ring = [memoryview(bytearray(0))] * RING
         asked = 0
         for received in range(len(numbers)):
-            while asked < len(numbers) and asked - received < IN_FLIGHT:
+            while asked < len(numbers) and self.flying < GETS_IN_FLIGHT:
                 number = numbers[asked]
                 self._socket.sendall(f"PUB {direct(number)} {self._inbox}.{number} 0\r\n\r\n".encode())
                 asked += 1
+                self.flying += 1
             number, headers, size = self._message()
             if len(ring[received % RING]) < size + 2:
                 ring[received % RING] = memoryview(bytearray(size + 2))
             body = ring[received % RING]
             self._exactly(body[: size + 2])
+            self.flying -= 1
             if size == 0 or b" 404 " in headers or b"NATS/1.0 4" in headers or b"NATS/1.0 5" in headers:
                 raise Missing(f"chunk {number} is not there")
             yield number, body[:size]
@@ -180,6 +191,45 @@ class Bulk:
             if not got:
                 raise EOFError("the server closed the connection")
             have += got
+
+
+class Bulks:
+    """Connections for chunks that are kept for a while: making one takes four journeys.
+
+    Args:
+        access: Whose they are.
+    """
+
+    def __init__(self, access: Access) -> None:
+        self._access, self._lock = access, threading.Lock()
+        self._idle: list[tuple[Bulk, float]] = []
+
+    @contextmanager
+    def one(self) -> Iterator[Bulk]:
+        """A connection for one transfer; it is kept if the transfer came to its end."""
+        with self._lock:
+            bulk, since = self._idle.pop() if self._idle else (None, 0.0)
+        if bulk is not None and time.monotonic() - since > IDLE_SECONDS:
+            bulk.close()
+            bulk = None
+        bulk = bulk or Bulk(self._access)
+        try:
+            yield bulk
+        except BaseException:
+            bulk.close()
+            raise
+        if bulk.flying:
+            bulk.close()
+            return
+        with self._lock:
+            self._idle.append((bulk, time.monotonic()))
+
+    def close(self) -> None:
+        """Close those that are kept."""
+        with self._lock:
+            for bulk, _ in self._idle:
+                bulk.close()
+            self._idle.clear()
 
 
 def patiently(attempt: Callable[[], bool], give_up: Callable[[], bool], told: Callable[[str], None]) -> None:

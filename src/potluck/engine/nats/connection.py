@@ -9,6 +9,7 @@ import asyncio
 import concurrent.futures
 import json
 import logging
+import secrets
 import threading
 import time
 from collections.abc import Callable, Coroutine, Iterator, Sequence
@@ -93,12 +94,16 @@ class Connection:
     Args:
         access: Whose it is.
         told: Told when it is lost, back or refused something, in words for a log; called in another thread.
+
+    Attributes:
+        closes: What else ends with it.
     """
 
     def __init__(self, access: Access, told: Callable[[str], None] = lambda _: None) -> None:
         self.access, self._told = access, told
         self._violations: list[str] = []
         self._closed = False
+        self.closes: list[Callable[[], None]] = []
         self._nats: Nats | None = None
         self._inboxes: dict[str, tuple[Nats, Subscription]] = {}
         self._loop = asyncio.new_event_loop()
@@ -129,6 +134,8 @@ class Connection:
         if self._closed:
             return
         self._closed = True
+        for also in self.closes:
+            also()
         future = asyncio.run_coroutine_threadsafe(self._leave(), self._loop)
         try:
             future.result(5)
@@ -158,9 +165,10 @@ class Connection:
             EngineError: The server did not take it in time.
         """
         until = time.monotonic() + patience
+        once = {"Nats-Msg-Id": secrets.token_hex(12)}  # however often it is sent, it is stored once
         while True:
             try:
-                answer = json.loads(self._request(subject, data, until - time.monotonic()).data)
+                answer = json.loads(self._request(subject, data, until - time.monotonic(), once).data)
                 _check(answer, f"storing {subject}")
                 return
             except StorageError:
@@ -234,14 +242,14 @@ class Connection:
             raise EngineError("the server does not answer") from None
         return time.monotonic() - began
 
-    def _request(self, subject: str, data: bytes, patience: float) -> Msg:
+    def _request(self, subject: str, data: bytes, patience: float, headers: dict[str, str] | None = None) -> Msg:
         """Ask, again and again while the server is away."""
         until = time.monotonic() + patience
         while not self._closed:
             seen = len(self._violations)
             wait = max(0.05, min(ANSWER_SECONDS, until - time.monotonic()))
             try:
-                return self._run(self._ask(subject, data, wait), wait + 1)
+                return self._run(self._ask(subject, data, wait, headers), wait + 1)
             except Refused:
                 raise
             except (EngineError, TimeoutError, nats.errors.Error, OSError) as error:
@@ -255,8 +263,8 @@ class Connection:
             time.sleep(0.1)
         raise EngineError("the connection is closed")
 
-    async def _ask(self, subject: str, data: bytes, wait: float) -> Msg:
-        return await (await self._there()).request(subject, data, timeout=wait)
+    async def _ask(self, subject: str, data: bytes, wait: float, headers: dict[str, str] | None) -> Msg:
+        return await (await self._there()).request(subject, data, timeout=wait, headers=headers)
 
     async def _pull(self, asked: str, body: bytes, wait: float) -> Msg:
         """Ask a consumer; what it delivers keeps its own subject, and so needs an inbox of its own."""

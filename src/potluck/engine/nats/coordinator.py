@@ -230,6 +230,8 @@ class NatsEngine:
         elif (name, task) in self._answered:
             self._inbox.put((name, f"replay: task {task} was answered before, or is over"))
             delivery.done()
+            if frame.blob is not None:
+                self._post.blobs.drop(name, frame.blob[0])
 
     def _expected(self, name: ParticipantId, facts: Mapping[str, Any]) -> str:
         if facts.get("run") != self._post.names.run:

@@ -91,7 +91,8 @@ class Members:
         if presence == "silent" and not silent:
             return "is silent"
         if presence in ("absent", "left") or (presence == "reading" and not reading):
-            return {"absent": "has not joined", "left": "has left", "reading": "is still preparing"}[presence]
+            why = f": {self.of[name].said['reason']}" if presence == "left" and self.of[name].said.get("reason") else ""
+            return {"absent": "has not joined", "left": "has left", "reading": "is still preparing"}[presence] + why
         return self.unfit(name, self.of[name].said)
 
     def gone(self, name: ParticipantId, seconds: float) -> bool:

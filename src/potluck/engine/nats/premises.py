@@ -94,11 +94,12 @@ class Premises:
         return {key: permissions_of(self.names, role, self.participants) for role, key in self.keys.items()}
 
     def access(self) -> Access:
-        """The coordinator's way to the server; to one of ours it goes over loopback."""
-        urls = self.place.urls
-        if not self.place.url and self.place.host in ("0.0.0.0", "::"):
-            urls = replace(self.place, host="127.0.0.1", advertised=()).urls
-        return Access(urls, self.certificate, self.seed, self.names.inbox(COORDINATOR), COORDINATOR)
+        """The coordinator's way to the server; to one of ours it goes straight, not by what participants dial."""
+        place = self.place
+        if not place.url:
+            host = "127.0.0.1" if place.host in ("0.0.0.0", "::") else place.host
+            place = replace(place, host=host, advertised=())
+        return Access(place.urls, self.certificate, self.seed, self.names.inbox(COORDINATOR), COORDINATOR)
 
     def server_settings(self, storage: int) -> ServerSettings:
         """What our server's configuration says."""

@@ -97,6 +97,23 @@ class Site:
             return None
         return Received(delivery, frame, facts["task"])
 
+    def fetch(self, received: Received, give_up: Callable[[], bool]) -> bytes | Path | None:
+        """A task's tensors: what came along, or a file of what was fetched, if it is not there yet.
+
+        Raises:
+            EngineError: They did not come before ``give_up``.
+        """
+        if received.frame.blob is None:
+            return received.frame.payload
+        digest, size = received.frame.blob
+        path = self.post.folder / f"{digest}.safetensors"
+        if not path.exists():
+            for old in self.post.folder.glob("*.safetensors*"):
+                if not old.name.startswith(digest):
+                    old.unlink(missing_ok=True)  # what is mapped stays until it is let go
+            self.post.blobs.get(None, digest, size, path, give_up)
+        return path
+
     def task(self, received: Received, give_up: Callable[[], bool]) -> Task:
         """The task itself, with its tensors.
 
@@ -104,16 +121,7 @@ class Site:
             EngineError: They did not come before ``give_up``.
             TrainingError: It is not a task.
         """
-        payload: bytes | Path | None = received.frame.payload
-        if received.frame.blob is not None:
-            digest, size = received.frame.blob
-            payload = self.post.folder / f"{digest}.safetensors"
-            if not payload.exists():
-                for old in self.post.folder.glob("*.safetensors*"):
-                    if not old.name.startswith(digest):
-                        old.unlink(missing_ok=True)
-                self.post.blobs.get(None, digest, size, payload, give_up)
-        message = self.post.codec.unpack(received.fields, payload)
+        message = self.post.codec.unpack(received.fields, self.fetch(received, give_up))
         if not isinstance(message, Task):
             raise EngineError("a contribution where a task should be")
         return replace(message, state=str(received.frame.facts.get("state", "")), seconds=received.seconds)
