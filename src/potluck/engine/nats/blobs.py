@@ -88,7 +88,7 @@ class JetStreamBlobs:
                 numbers = range(growing.chunks, chunk_count(size))
                 subject = lambda n: self._names.direct(stream, self._subject(owner, f"{digest}.{n}"))  # noqa: E731
                 behind: deque[Future[None]] = deque()
-                for number, chunk in bulk.get(subject, numbers):
+                for number, chunk in bulk.get(subject, numbers, give_up):
                     behind.append(hasher.submit(growing.add, number, chunk))
                     if len(behind) == RING - 1:
                         behind.popleft().result()

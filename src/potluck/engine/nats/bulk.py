@@ -13,6 +13,7 @@ import socket
 import ssl
 import threading
 import time
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from types import TracebackType
@@ -89,30 +90,41 @@ class Bulk:
             self.flying -= 1
             yield self._stored()
 
-    def get(self, direct: Callable[[int], str], numbers: Sequence[int]) -> Iterator[tuple[int, memoryview]]:
-        """Fetch chunks by number, in any order; a chunk's memory holds until `RING` more have come.
+    def get(
+        self, direct: Callable[[int], str], numbers: Sequence[int], give_up: Callable[[], bool]
+    ) -> Iterator[tuple[int, memoryview]]:
+        """Fetch chunks by number, in any order; one that is not there yet is waited for: its sender may be at it.
+
+        Yields:
+            Number and content; a chunk's memory holds until `RING` more have come.
 
         Raises:
-            Missing: A chunk is not there.
+            Missing: A chunk did not come before ``give_up``.
             EngineError, OSError: The connection broke.
         """
         ring = [memoryview(bytearray(0))] * RING
-        asked = 0
-        for received in range(len(numbers)):
-            while asked < len(numbers) and self.flying < GETS_IN_FLIGHT:
-                number = numbers[asked]
+        todo, got, pause = deque(numbers), 0, 0.0
+        while todo or self.flying:
+            while todo and self.flying < (1 if pause else GETS_IN_FLIGHT):
+                number = todo.popleft()
                 self._socket.sendall(f"PUB {direct(number)} {self._inbox}.{number} 0\r\n\r\n".encode())
-                asked += 1
                 self.flying += 1
             number, headers, size = self._message()
-            if len(ring[received % RING]) < size + 2:
-                ring[received % RING] = memoryview(bytearray(size + 2))
-            body = ring[received % RING]
+            if len(ring[got % RING]) < size + 2:
+                ring[got % RING] = memoryview(bytearray(size + 2))
+            body = ring[got % RING]
             self._exactly(body[: size + 2])
             self.flying -= 1
-            if size == 0 or b" 404 " in headers or b"NATS/1.0 4" in headers or b"NATS/1.0 5" in headers:
-                raise Missing(f"chunk {number} is not there")
-            yield number, body[:size]
+            if size and b"NATS/1.0 4" not in headers and b"NATS/1.0 5" not in headers:
+                got, pause = got + 1, 0.0
+                yield number, body[:size]
+                continue
+            todo.appendleft(number)
+            if not self.flying:
+                if give_up():
+                    raise Missing(f"chunk {number} is not there")
+                pause = min(2 * pause, 0.25) or 0.005
+                time.sleep(pause)
 
     def _stored(self) -> int:
         number, headers, size = self._message()

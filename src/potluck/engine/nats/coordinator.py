@@ -24,7 +24,6 @@ from potluck.recipe.engine import Nats
 END = "end"
 ACK_SECONDS = 10  # a task whose participant does not say that it works comes again
 LEAVE_SECONDS = 2.0  # what was sent before a goodbye has come by then
-_FETCHERS = 4
 Key = tuple[ParticipantId, str]
 Told = Callable[[ParticipantId, str], None]
 
@@ -78,7 +77,7 @@ class NatsEngine:
         self.max_reply_bytes, self.refused = max_reply_bytes, refused
         self._began, self._count = time.monotonic(), 0
         self._lock, self._over = threading.Lock(), threading.Event()
-        self._inbox: queue.Queue[Reply | tuple[ParticipantId, str]] = queue.Queue()
+        self._inbox: queue.Queue[Reply | PotluckError | tuple[ParticipantId, str]] = queue.Queue()
         self._under_way: dict[Key, _Sent] = {}
         self.progress: dict[str, Any] = {}
         self._early: dict[ParticipantId, tuple[str, Delivery, Frame]] = {}
@@ -89,7 +88,7 @@ class NatsEngine:
         for name in members.of:
             post.blobs.drop(name, "0" * 64)  # what a doctor measured with
         self._packed: tuple[tuple[str, ...], Packed] | None = None
-        self._fetchers = ThreadPoolExecutor(_FETCHERS, "potluck-fetch")
+        self._helpers = ThreadPoolExecutor(min(64, len(members.of) + 2), "potluck-helper")
         for work in (self._listen, self._watch):
             threading.Thread(target=work, name=f"potluck{work.__name__}", daemon=True).start()
 
@@ -131,20 +130,25 @@ class NatsEngine:
         ends = float("inf") if task.seconds is None else self.now() + task.seconds
         size = len(frame) + (0 if inline else packed.size)
         sent = _Sent(self._count, to, name, self.now(), size, ends, blob)
-        if blob is not None:
-            self._put_state(blob, packed, sent)
         with self._lock:
             self._under_way[to, name] = sent
             self._answered.discard((to, name))
             early = self._early.pop(to, None)
         if early is not None and early[0] == name:
             self._take_in(early[1], early[2], sent)
-        else:
-            self._post.connection.store(self._post.names.task(to), frame)
+            return sent.id
+        self._post.connection.store(self._post.names.task(to), frame)
+        if blob is not None:
+            self._put_state(blob, packed, sent)  # participants fetch it as it comes
         return sent.id
 
     def receive(self, timeout: float | None = None) -> Reply | None:
-        """The next reply; ``None`` after ``timeout`` seconds."""
+        """The next reply; ``None`` after ``timeout`` seconds.
+
+        Raises:
+            StorageError: The server has no room for the state that was sent.
+            EngineError: It could not be stored otherwise.
+        """
         until = None if timeout is None else time.monotonic() + timeout
         while True:
             try:
@@ -153,6 +157,8 @@ class NatsEngine:
                 return None
             if isinstance(found, Reply):
                 return found
+            if isinstance(found, PotluckError):
+                raise found
             self.refused(*found)
 
     def cancel(self, task: TaskId) -> None:
@@ -197,7 +203,7 @@ class NatsEngine:
     def close(self) -> None:
         """Stop listening."""
         self._over.set()
-        self._fetchers.shutdown(wait=False, cancel_futures=True)
+        self._helpers.shutdown(wait=False, cancel_futures=True)
 
     # --- replies -----------------------------------------------------------------------------------
 
@@ -225,13 +231,15 @@ class NatsEngine:
             sent = self._under_way.get((name, task))
             if sent is None and (name, task) not in self._answered:
                 self._early[name] = (task, delivery, frame)  # after a restart it may come before it is asked for
-        if sent is not None:
-            self._take_in(delivery, frame, sent)
-        elif (name, task) in self._answered:
-            self._inbox.put((name, f"replay: task {task} was answered before, or is over"))
+            again = (name, task) in self._answered
+        if again:
             delivery.done()
-            if frame.blob is not None:
-                self._post.blobs.drop(name, frame.blob[0])
+            if sent is None:  # else its blob is being fetched: the participant was interrupted, and sends it again
+                self._inbox.put((name, f"replay: task {task} was answered before, or is over"))
+                if frame.blob is not None:
+                    self._post.blobs.drop(name, frame.blob[0])
+        elif sent is not None:
+            self._take_in(delivery, frame, sent)
 
     def _expected(self, name: ParticipantId, facts: Mapping[str, Any]) -> str:
         if facts.get("run") != self._post.names.run:
@@ -248,7 +256,7 @@ class NatsEngine:
         if frame.blob is None:
             self._finish(sent, self._reply(frame, sent, frame.payload))
         else:
-            self._fetchers.submit(self._fetch, frame, sent, *frame.blob)
+            self._helpers.submit(self._fetch, frame, sent, *frame.blob)
 
     def _fetch(self, frame: Frame, sent: _Sent, digest: str, size: int) -> None:
         path = self._post.folder / f"{sent.to}-{digest}.safetensors"
@@ -329,7 +337,17 @@ class NatsEngine:
             for other in self._leftover - self._states.keys():
                 self._post.blobs.drop(None, other)
             self._leftover = set()
-        self._post.blobs.put(None, digest, packed.parts, lambda: self._over.is_set() or self.now() > sent.ends)
+        self._helpers.submit(self._store_state, digest, packed)
+
+    def _store_state(self, digest: str, packed: Packed) -> None:
+        """Store a state as long as a task needs it; what stands in the way ends the exchange."""
+        try:
+            self._post.blobs.put(
+                None, digest, packed.parts, lambda: self._over.is_set() or not self._states.get(digest)
+            )
+        except PotluckError as error:
+            if self._states.get(digest):
+                self._inbox.put(error)
 
     def _release(self, sent: _Sent) -> None:
         if sent.blob is not None and sent.blob in self._states:

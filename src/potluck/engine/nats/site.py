@@ -141,11 +141,11 @@ class Site:
             packed: Packed = post.codec.pack(contribution)
             payload = packed.fields.get("payload")
             inline = packed.size <= self._settings.inline_bytes
-            if payload and not inline:
-                post.blobs.put(self.name, payload["sha256"], packed.parts, give_up)
             facts |= {"status": "ok", "message": packed.fields}
             frame = signed(post.seed, facts, b"".join(packed.parts) if inline else b"")
         post.connection.store(post.names.reply(self.name), frame, patience=600.0)
+        if contribution is not None and payload and not inline:  # the coordinator fetches it as it comes
+            post.blobs.put(self.name, payload["sha256"], packed.parts, give_up)
 
     def close(self) -> None:
         """Say no more."""
