@@ -156,14 +156,15 @@ def participate(settings: dict[str, Any]) -> None:
         if received.ends:
             received.delivery.done()
             return
-        task = site.task(received, lambda: False)
-        if task.tensors:
-            down = {"down": time.time() - float(task.parameters["at"])}
-            write_json(folder / f"{name}-{task.revision}.json", down)
-        tensors = task.tensors if task.kind == "echo" else {}
-        back = Contribution(kind=task.kind, revision=task.revision, header={}, tensors=tensors)
-        site.answer(received.name, back, "", lambda: False)
-        received.delivery.done()
+        with received.delivery.kept():
+            task = site.task(received, lambda: False)
+            if task.tensors:
+                down = {"down": time.time() - float(task.parameters["at"])}
+                write_json(folder / f"{name}-{task.revision}.json", down)
+            tensors = task.tensors if task.kind == "echo" else {}
+            back = Contribution(kind=task.kind, revision=task.revision, header={}, tensors=tensors)
+            site.answer(received.name, back, "", lambda: False)
+            received.delivery.done()
 
 
 if __name__ == "__main__":

@@ -109,7 +109,8 @@ def gather(
     members = Members(post.connection, post.names, recipe.participant_names, recipe.engine.silence)
     engine = NatsEngine(post, members, recipe.engine, 2 * MAX_WORD_BYTES, refused)
     engine.progress["rounds"] = recipe.rounds.count
-    say_about(post, recipe, None, None, folder)
+    if not (folder / "tokenizer").exists():  # a run that goes on has said more already
+        say_about(post, recipe, None, None, folder)
     vocabulary = _vocabulary(recipe, engine, folder, journal, stop)
     network = place(build_model(recipe.model, vocabulary.size, vocabulary.end_of_text, recipe.seed), recipe.compute)
     manifest = network.flat.manifest

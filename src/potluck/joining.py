@@ -133,10 +133,10 @@ def _vocabulary(joined: Joined) -> Vocabulary | None:
     """The run's vocabulary; until there is one, count words if that is asked and allowed."""
     site, stop = joined.site, joined.stop
     while True:
-        _, _, vocabulary = understand(site.post, stop)
+        asks, _, vocabulary = understand(site.post, stop)
         if vocabulary is not None:
             return vocabulary
-        if "words" not in joined.policy.kinds:
+        if "words" in asks.kinds and "words" not in joined.policy.kinds:
             raise PolicyError(
                 "the run trains its tokenizer on everybody's words, and the policy here does not allow `words`",
                 "join with --allow words, if the coordinator may know how often each word stands in your text; "

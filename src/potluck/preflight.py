@@ -119,7 +119,7 @@ def forecast(recipe: Recipe) -> Forecast:
         asked_per_round=asked,
         rounds=recipe.rounds.count,
         epochs=epochs,
-        warnings=tuple([*_warnings(recipe, epochs), *_update_warnings(recipe, messages)]),
+        warnings=tuple([*_warnings(recipe, epochs), *_waiting_warnings(recipe), *_update_warnings(recipe, messages)]),
     )
 
 
@@ -279,6 +279,17 @@ def _warnings(recipe: Recipe, epochs: float | None) -> Iterator[str]:
         yield "data.split with one participant divides nothing"
     if POOLED in names:
         yield f"a participant is called {POOLED!r}: `potluck compare` will refuse this name"
+
+
+def _waiting_warnings(recipe: Recipe) -> Iterator[str]:
+    rounds = recipe.rounds
+    waits = [f"rounds.{key}" for key in ("deadline", "grace", "late") if key in rounds.model_fields_set]
+    if waits and recipe.deadline is None:
+        yield f"{' and '.join(waits)} has no effect: in one process without device profiles nobody is waited for"
+    elif rounds.grace is not None and recipe.min_contributors == recipe.asked_per_round:
+        yield "rounds.grace has no effect: rounds.min_contributors asks for everybody"
+    elif rounds.late == "keep" and rounds.deadline is None and rounds.grace is None:
+        yield "rounds.late has no effect: everybody is waited for; set rounds.deadline or rounds.grace"
 
 
 def _update_warnings(recipe: Recipe, messages: Messages) -> Iterator[str]:

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from benchmarks import aggregate, corpus, links, overhead, parity
+from benchmarks import aggregate, apart, corpus, links, overhead, parity, wire
 from benchmarks._measure import Measurement, main, measured
 
 MODEL = (("layers", 1), ("width", 16), ("heads", 2), ("feedforward", 32), ("context", 64))
@@ -31,6 +31,8 @@ TINY: dict[ModuleType, Any] = {
         parameters=20_000, memory_parameters=1_000_000, runs=2, links=("int8, blocks of 256", "SparseLoCo")
     ),
     corpus: corpus.Size(text_bytes=30_000, builds=1, steps=2, packages=("numpy",), model=MODEL),
+    wire: wire.Size(megabytes=2, pings=3, repeats={"https": 1}, pullers=2, pulled=2, peers=()),
+    apart: apart.Size(rounds=1, local_steps=1),
     parity: replace(parity.SIZES["short"], grid=((2, "iid", ("data-parallel", "DiLoCo int4"), 2),)),
 }
 

@@ -62,8 +62,7 @@ class Machines:
     def kill(self, what: str, draw: random.Random) -> None:
         """Kill one and start it again; the server is started again by the coordinator."""
         if what == "server":
-            pid = int((self.folder / "host" / "server" / "server.pid").read_text())
-            os.kill(pid, signal.SIGKILL)
+            self.kill_server()
         elif what == "coordinator":
             self.coordinator.signal(signal.SIGKILL)
             self.coordinator.wait()
@@ -73,6 +72,17 @@ class Machines:
             self.participants[name].signal(signal.SIGKILL)
             self.participants[name].wait()
             self.join(name)
+
+    def kill_server(self) -> None:
+        """It may be dead already, with the coordinator that would start it again."""
+        until = time.monotonic() + 20
+        while time.monotonic() < until:
+            try:
+                os.kill(int((self.folder / "host" / "server" / "server.pid").read_text()), signal.SIGKILL)
+                return
+            except (OSError, ValueError):
+                time.sleep(0.01)
+        raise AssertionError("no server was there to be killed")
 
     def reached(self) -> int:
         return max(list_checkpoints(self.folder / "checkpoints"), default=-1)

@@ -24,7 +24,7 @@ from potluck.engine.nats.frames import signed
 from potluck.engine.nats.identity import new_seed
 from potluck.engine.nats.site import Received, Site
 from potluck.engine.nats.subjects import COORDINATOR
-from potluck.errors import EngineError, Refused
+from potluck.errors import EngineError, Refused, StorageError
 from potluck.recipe import parse_recipe
 from potluck.records.events import Event, EventLog
 from potluck.rounds.state import begin
@@ -275,6 +275,23 @@ def test_the_server_does_for_nobody_what_he_may_not_do_himself(world: World) -> 
     assert world.connection.api(f"STREAM.INFO.{names.tasks}")["state"]["messages"] == 1
     assert world.connection.api(f"STREAM.INFO.{names.replies}")["state"]["last_seq"] == 0
     assert world.connection.last(names.direct(f"KV_{names.members}", names.member(COORDINATOR))) is None
+
+
+def test_a_full_store_is_said_and_everybody_goes_on(tmp_path: Path) -> None:
+    """What does not fit is refused with its reason, and what fits still comes through."""
+    world = World(tmp_path / "small", ("ann", "bob"), storage=64 << 20)
+    try:
+        for name in ("ann", "bob"):
+            world.attend(name, lambda name, task: update(task.revision, torch.zeros(10)))
+        world.wait_for_all()
+        large = Task(kind="train", revision=0, tensors={"parameters": torch.zeros(8 << 20)}, state="large")
+        world.engine.send("ann", large)
+        with pytest.raises(StorageError, match="the message server's store is full"):
+            world.engine.receive(20)
+        world.engine.send("bob", Task(kind="train", revision=1, state="small"))
+        assert world.engine.receive(20).status == "ok"
+    finally:
+        world.close()
 
 
 def test_whoever_dials_and_says_nothing_is_shown_the_door(world: World) -> None:

@@ -100,7 +100,8 @@ class World:
                     task = site.task(received, self.over.is_set)
                     site.answer(received.name, perform(name, task), "", self.over.is_set)
                 except PotluckError as error:
-                    site.answer(received.name, None, str(error), self.over.is_set)
+                    if not self.over.is_set():
+                        site.answer(received.name, None, str(error), self.over.is_set)
                 received.delivery.done()
             site.close()
 

@@ -10,6 +10,7 @@ import torch
 
 from potluck.contribution import Contribution
 from potluck.errors import RecipeError, TooFewContributors
+from potluck.preflight import _waiting_warnings
 from potluck.recipe import Recipe, parse_recipe
 from potluck.recipe.sources import Profile
 
@@ -80,6 +81,22 @@ def test_too_few_by_the_deadline_fail_the_round(make_world: Callable[..., Any]) 
 
 def test_without_a_deadline_everybody_is_waited_for(make_world: Callable[..., Any]) -> None:
     assert [event["seconds"] for event in run(make_world).told("round")] == pytest.approx([5.0] * 3)
+
+
+@pytest.mark.parametrize(
+    ("rounds", "says"),
+    [
+        ({"grace": 1.0, "min_contributors": 3, "deadline": 9.0}, "rounds.grace has no effect"),
+        ({"late": "keep"}, "rounds.late has no effect"),
+        ({"late": "keep", "deadline": 9.0}, ""),
+    ],
+)
+def test_what_has_no_effect_is_said(rounds: dict[str, Any], says: str) -> None:
+    warnings = list(_waiting_warnings(recipe_of(**rounds)))
+    assert len(warnings) == bool(says) and says in "".join(warnings)
+    people = [{"name": name, "source": {"path": "x"}} for name in PROFILES]
+    bare = parse_recipe({"participants": people, "rounds": rounds})
+    assert "in one process" in "".join(_waiting_warnings(bare))
 
 
 def test_what_is_late_is_not_kept_of_fragments() -> None:

@@ -8,7 +8,7 @@ from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 from potluck.contribution import ParticipantId
 from potluck.engine.nats.bulk import RING, Bulks, patiently
@@ -43,7 +43,7 @@ class Blobs(Protocol):
         """
 
     def drop(self, owner: ParticipantId | None, digest: str) -> None:
-        """Forget a blob that nobody needs any more."""
+        """Forget a blob that nobody needs any more; if it is being stored anew, that one stays."""
 
     def held(self, owner: ParticipantId | None) -> set[str]:
         """Hashes of the blobs that are there, whole or in part; only the coordinator may ask."""
@@ -55,6 +55,7 @@ class JetStreamBlobs:
     def __init__(self, connection: Connection, names: Names, told: Callable[[str], None] = lambda _: None) -> None:
         self._connection, self._names, self._told = connection, names, told
         self._bulks = Bulks(connection.access)
+        self._last: dict[tuple[ParticipantId | None, str], int] = {}  # place in the stream of each blob's last chunk
         connection.closes.append(self._bulks.close)
 
     def put(self, owner: ParticipantId | None, digest: str, parts: Parts, give_up: GiveUp) -> None:
@@ -68,6 +69,7 @@ class JetStreamBlobs:
                     missing.pop(number, None)
                     if give_up():
                         return False
+                self._last[owner, digest] = bulk.last
             return not missing
 
         patiently(attempt, give_up, self._told)
@@ -97,6 +99,7 @@ class JetStreamBlobs:
                 for future in behind:
                     future.result()
                 growing.check()
+                self._last[owner, digest] = bulk.last
             return True
 
         patiently(attempt, give_up, self._told)
@@ -106,7 +109,10 @@ class JetStreamBlobs:
     def drop(self, owner: ParticipantId | None, digest: str) -> None:
         """As `Blobs`."""
         stream = self._names.states if owner is None else self._names.uploads
-        self._connection.api(f"STREAM.PURGE.{stream}", {"filter": self._subject(owner, f"{digest}.*")})
+        wanted: dict[str, Any] = {"filter": self._subject(owner, f"{digest}.*")}
+        if last := self._last.pop((owner, digest), 0):
+            wanted["seq"] = last + 1  # what has been stored anew since then stays
+        self._connection.api(f"STREAM.PURGE.{stream}", wanted)
 
     def held(self, owner: ParticipantId | None) -> set[str]:
         """As `Blobs`."""

@@ -43,6 +43,7 @@ class Bulk:
         self._access = access
         self._inbox = f"{access.inbox}.{secrets.token_hex(8)}"  # other threads' answers are not ours
         self.flying = 0  # requests without their answer
+        self.last = 0  # the highest place in the stream of a chunk that went or came
         self._buffer, self._low, self._high = memoryview(bytearray(_BUFFER)), 0, 0
         problem = "no address"
         for url in access.urls:
@@ -117,6 +118,7 @@ class Bulk:
             self.flying -= 1
             if size and b"NATS/1.0 4" not in headers and b"NATS/1.0 5" not in headers:
                 got, pause = got + 1, 0.0
+                self.last = max(self.last, int(headers.partition(b"Nats-Sequence: ")[2].partition(b"\r")[0] or 0))
                 yield number, body[:size]
                 continue
             todo.appendleft(number)
@@ -132,7 +134,9 @@ class Bulk:
         self._exactly(body)
         if b"NATS/1.0 503" in headers:
             raise EngineError("the server has no such stream now")
-        _check(json.loads(bytes(body[:size])), f"chunk {number}")
+        answer = json.loads(bytes(body[:size]))
+        _check(answer, f"chunk {number}")
+        self.last = max(self.last, int(answer["seq"]))
         return number
 
     def _message(self) -> tuple[int, bytes, int]:

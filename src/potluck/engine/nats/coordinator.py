@@ -80,9 +80,11 @@ class NatsEngine:
         self._inbox: queue.Queue[Reply | PotluckError | tuple[ParticipantId, str]] = queue.Queue()
         self._under_way: dict[Key, _Sent] = {}
         self.progress: dict[str, Any] = {}
-        self._early: dict[ParticipantId, tuple[str, Delivery, Frame]] = {}
+        self._early: dict[ParticipantId, tuple[str, Frame]] = {}
         self._answered: set[Key] = set()
-        self._states: dict[str, set[TaskId]] = {}
+        self._open: set[TaskId] = set()  # sent, and their reply neither received nor cancelled
+        self._states: dict[str, set[TaskId]] = {}  # what needs each state
+        self._stored: set[str] = set()  # states that are there, or on their way
         self._leftover = post.blobs.held(None)
         self._forget_tasks(post.names.task("*"))  # of an earlier session; they are asked again
         for name in members.of:
@@ -111,6 +113,7 @@ class NatsEngine:
             EngineError: The server does not come back.
         """
         self._count += 1
+        self._open.add(self._count)
         reason = self.members.away(to, reading=task.kind == "words")
         if reason:
             self._inbox.put(Reply(task=self._count, participant=to, status="failed", reason=reason))
@@ -135,11 +138,12 @@ class NatsEngine:
             self._answered.discard((to, name))
             early = self._early.pop(to, None)
         if early is not None and early[0] == name:
-            self._take_in(early[1], early[2], sent)
+            self._take_in(early[1], sent)
             return sent.id
+        new = blob is not None and self._need_state(blob, sent)
         self._post.connection.store(self._post.names.task(to), frame)
-        if blob is not None:
-            self._put_state(blob, packed, sent)  # participants fetch it as it comes
+        if new and blob is not None:
+            self._helpers.submit(self._store_state, blob, packed)  # participants fetch it as it comes
         return sent.id
 
     def receive(self, timeout: float | None = None) -> Reply | None:
@@ -156,13 +160,17 @@ class NatsEngine:
             except queue.Empty:
                 return None
             if isinstance(found, Reply):
-                return found
+                if found.task in self._open:
+                    self._open.discard(found.task)
+                    return found
+                continue  # it was cancelled when it had come already
             if isinstance(found, PotluckError):
                 raise found
             self.refused(*found)
 
     def cancel(self, task: TaskId) -> None:
         """Forget a task: a reply to it is refused, and it is taken out of its participant's queue."""
+        self._open.discard(task)
         with self._lock:
             sent = next((sent for sent in self._under_way.values() if sent.id == task), None)
             if sent is None:
@@ -227,19 +235,19 @@ class NatsEngine:
             self._inbox.put((name, str(error)))
             delivery.done()
             return
+        delivery.done()
         with self._lock:
-            sent = self._under_way.get((name, task))
-            if sent is None and (name, task) not in self._answered:
-                self._early[name] = (task, delivery, frame)  # after a restart it may come before it is asked for
-            again = (name, task) in self._answered
-        if again:
-            delivery.done()
-            if sent is None:  # else its blob is being fetched: the participant was interrupted, and sends it again
-                self._inbox.put((name, f"replay: task {task} was answered before, or is over"))
-                if frame.blob is not None:
-                    self._post.blobs.drop(name, frame.blob[0])
-        elif sent is not None:
-            self._take_in(delivery, frame, sent)
+            sent, again = self._under_way.get((name, task)), (name, task) in self._answered
+            if sent is None and not again:
+                self._early[name] = (task, frame)  # after a restart it may come before it is asked for
+        if (
+            again and sent is None
+        ):  # else its blob is being fetched: the participant was interrupted, and sends it again
+            self._inbox.put((name, f"replay: task {task} was answered before, or is over"))
+            if frame.blob is not None:
+                self._helpers.submit(self._drop, name, frame.blob[0])
+        elif sent is not None and not again:
+            self._take_in(frame, sent)
 
     def _expected(self, name: ParticipantId, facts: Mapping[str, Any]) -> str:
         if facts.get("run") != self._post.names.run:
@@ -248,9 +256,8 @@ class NatsEngine:
             raise EngineError("a reply that says it is somebody else's")
         return str(facts["task"])
 
-    def _take_in(self, delivery: Delivery, frame: Frame, sent: _Sent) -> None:
+    def _take_in(self, frame: Frame, sent: _Sent) -> None:
         """Fetch what belongs to a reply, then let it count once."""
-        delivery.done()
         with self._lock:
             self._answered.add((sent.to, sent.name))
         if frame.blob is None:
@@ -272,11 +279,8 @@ class NatsEngine:
             reply = self._failed(sent, "rejected", f"{type(error).__name__}: {error}")
         finally:
             path.unlink(missing_ok=True)  # what is mapped stays until it is let go
-        try:
-            self._post.blobs.drop(sent.to, digest)  # before the reply counts: the next one may be the same blob
-        except PotluckError as error:
-            self._inbox.put((sent.to, f"its blob could not be dropped: {error}"))
         self._finish(sent, reply)
+        self._drop(sent.to, digest)
 
     def _reply(self, frame: Frame, sent: _Sent, payload: bytes | Path | None) -> Reply:
         status, up_bytes = frame.facts.get("status"), frame.size + (frame.blob[1] if frame.blob else 0)
@@ -322,22 +326,30 @@ class NatsEngine:
             self._packed = (key, packed)
         return packed
 
-    def _put_state(self, digest: str, packed: Packed, sent: _Sent) -> None:
-        """Store a state once for all who are sent it, and forget those that no task needs."""
-        new = digest not in self._states
+    def _drop(self, owner: ParticipantId | None, digest: str) -> None:
+        try:
+            self._post.blobs.drop(owner, digest)
+        except PotluckError as error:
+            self._inbox.put((owner or COORDINATOR, f"a blob could not be dropped: {error}"))
+
+    def _need_state(self, digest: str, sent: _Sent) -> bool:
+        """Note that a task needs a state, and forget those that none does; whether it must be stored now."""
         with self._lock:
+            new = digest not in self._stored
+            self._stored.add(digest)
             self._states.setdefault(digest, set()).add(sent.id)
             idle = [other for other, tasks in self._states.items() if not tasks]
         if not new:
-            return
+            return False
         for other in idle:
-            self._post.blobs.drop(None, other)
+            self._helpers.submit(self._drop, None, other)
             self._states.pop(other, None)
+            self._stored.discard(other)
         if len(self._states) > 1:  # what an earlier session left may be needed until its tasks are asked again
             for other in self._leftover - self._states.keys():
-                self._post.blobs.drop(None, other)
+                self._helpers.submit(self._drop, None, other)
             self._leftover = set()
-        self._helpers.submit(self._store_state, digest, packed)
+        return True
 
     def _store_state(self, digest: str, packed: Packed) -> None:
         """Store a state as long as a task needs it; what stands in the way ends the exchange."""
@@ -346,6 +358,7 @@ class NatsEngine:
                 None, digest, packed.parts, lambda: self._over.is_set() or not self._states.get(digest)
             )
         except PotluckError as error:
+            self._stored.discard(digest)
             if self._states.get(digest):
                 self._inbox.put(error)
 

@@ -1,0 +1,107 @@
+"""A whole run on machines of their own beside the same run in one process: the same weights, and what a round costs.
+
+Server, coordinator and four participants are processes of this machine, with TLS and everything that a real run has.
+A round's overhead is its time beyond its local steps. Those take, in one process, as long as its rounds do; four
+processes share them among the cores.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import tomli_w
+
+from benchmarks._measure import Measurement, main, measured
+from benchmarks.peers._wire import free_port
+from potluck.records.events import read_events
+
+PACKAGES = {"ada": "asyncio", "ben": "email", "cem": "encodings", "dan": "multiprocessing"}
+POTLUCK = str(Path(sys.executable).with_name("potluck"))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Size:
+    """How much is measured."""
+
+    rounds: int
+    local_steps: int
+    preset: str = "tiny"
+
+
+SIZES = {"short": Size(rounds=3, local_steps=3), "full": Size(rounds=16, local_steps=10)}
+
+
+def measure(size: Size) -> list[Measurement]:
+    with tempfile.TemporaryDirectory() as scratch, ExitStack() as left:
+        folder = Path(scratch)
+        recipe = folder / "apart.toml"
+        recipe.write_text(tomli_w.dumps(_recipe(size, folder)))
+        one, apart = folder / "one", folder / "apart"
+        subprocess.run([POTLUCK, "train", recipe, "--set", f"records.folder={one}"], env=_alone(), check=True)
+        host = ["host", recipe, "--listen", f"127.0.0.1:{free_port()}", "--set", f"records.folder={apart}"]
+        coordinator = left.enter_context(_process(host))
+        for name, package in PACKAGES.items():
+            invite, part = apart / "host" / "invites" / f"{name}.toml", folder / f"{name}.toml"
+            part.write_text(tomli_w.dumps({"source": {"package": package}}))
+            while not invite.exists() and coordinator.poll() is None:
+                time.sleep(0.05)
+            left.enter_context(_process(["join", "--invite", invite, "--part", part, "--folder", folder / name]))
+        if coordinator.wait(1800):
+            raise RuntimeError("the hosted run failed")
+        return _compared(one, apart)
+
+
+def _compared(one: Path, apart: Path) -> list[Measurement]:
+    cores = min(len(PACKAGES), os.cpu_count() or 1)
+    seconds, hashes = {}, []
+    for folder in (one, apart):
+        events = list(read_events(folder / "events.jsonl"))
+        seconds[folder] = [event["seconds"] for event in events if event["event"] == "round"]
+        hashes.append(next(event["state_hash"] for event in events if event["event"] == "run_finished"))
+    overhead = [away - here / cores for here, away in zip(seconds[one], seconds[apart], strict=True)]
+    peer = "potluck in one process"
+    return [
+        measured("final weights bit-identical", [float(hashes[0] == hashes[1])], "1 = yes", at_least=1, peer=peer),
+        measured("a round in one process", seconds[one], "s"),
+        measured("a round on machines of their own", seconds[apart], "s"),
+        measured(f"overhead of a round beyond local steps, {cores} cores", overhead, "s", at_most=0.5, peer=peer),
+    ]
+
+
+def _recipe(size: Size, folder: Path) -> dict[str, object]:
+    return {
+        "name": "apart",
+        "participants": [{"name": name, "source": {"package": package}} for name, package in PACKAGES.items()],
+        "data": {"validation_fraction": 0.3, "train_bytes": 60_000, "validation_bytes": 15_000,
+                 "shards": str(folder / "shards")},
+        "model": {"preset": size.preset},
+        "rounds": {"count": size.rounds, "local_steps": size.local_steps, "evaluate_every": size.rounds},
+        "compute": {"threads": 1},
+    }  # fmt: skip
+
+
+def _alone() -> dict[str, str]:
+    return {**os.environ, "OMP_NUM_THREADS": "1"}
+
+
+@contextmanager
+def _process(words: list[object]) -> Iterator[subprocess.Popen[bytes]]:
+    process = subprocess.Popen([POTLUCK, *map(str, words)], env=_alone(), stdout=subprocess.DEVNULL)
+    try:
+        yield process
+        process.wait(30)
+    finally:
+        process.kill()
+        process.wait()
+
+
+if __name__ == "__main__":
+    main(measure, SIZES)
