@@ -8,6 +8,9 @@ ddp                PyTorch's DistributedDataParallel: one optimizer, gradients a
 flower_fedavg      Flower's FedAvg: its rounds, mean and message format, participants one after the other
 ================== ==========================================================================================
 
+``python -m benchmarks.peers.wire_NAME --folder SCRATCH`` moves tensors there and back, for `benchmarks.wire`: ``https``
+is plain HTTPS, ``flower`` its deployment runtime, ``flare`` NVIDIA FLARE. What they share is in `_wire`.
+
 Local steps are plain PyTorch. Whatever listens does so on 127.0.0.1.
 """
 

@@ -90,13 +90,21 @@ class Hosted:
         """Nothing: participants go back by themselves to the state that a task begins from."""
 
 
+def start_engine(recipe: Recipe, post: Post, refused: Callable[[str, str], None]) -> NatsEngine:
+    """The engine, which listens from now on.
+
+    Args:
+        refused: Told of what does not come to count: whose it seems to be, and why.
+    """
+    assert isinstance(recipe.engine, Nats)
+    members = Members(post.connection, post.names, recipe.participant_names, recipe.engine.silence)
+    engine = NatsEngine(post, members, recipe.engine, 2 * MAX_WORD_BYTES, refused)
+    engine.progress["rounds"] = recipe.rounds.count
+    return engine
+
+
 def gather(
-    recipe: Recipe,
-    post: Post,
-    folder: Path,
-    journal: Journal,
-    refused: Callable[[str, str], None],
-    stop: Callable[[], bool],
+    recipe: Recipe, engine: NatsEngine, post: Post, folder: Path, journal: Journal, stop: Callable[[], bool]
 ) -> Hosted:
     """Wait for the participants and agree with them on vocabulary and model, so that the rounds can begin.
 
@@ -106,9 +114,7 @@ def gather(
         CorpusError, ModelError: Tokenizer or model cannot be used.
     """
     assert isinstance(recipe.engine, Nats)
-    members = Members(post.connection, post.names, recipe.participant_names, recipe.engine.silence)
-    engine = NatsEngine(post, members, recipe.engine, 2 * MAX_WORD_BYTES, refused)
-    engine.progress["rounds"] = recipe.rounds.count
+    members = engine.members
     if not (folder / "tokenizer").exists():  # a run that goes on has said more already
         say_about(post, recipe, None, None, folder)
     vocabulary = _vocabulary(recipe, engine, folder, journal, stop)

@@ -67,10 +67,17 @@ class Joined:
     stop: Callable[[], bool]
     done: int = -1  # revision from which the state in memory was trained
     tasks: int = 0
-    worked_seconds: float = 0.0
+    worked_seconds: float = 0.0  # at tasks of all kinds ...
+    trained_seconds: float = 0.0  # ... and at local steps
+    ended: bool = False
     began: float = field(default_factory=time.monotonic)
     upcoming: Future[Received | None] | None = None  # the next task, if it is fetched while local steps go on
     behind: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(1, "potluck-behind"))
+
+    def work(self, seconds: float, trains: bool) -> None:
+        """Count what was worked."""
+        self.worked_seconds += seconds
+        self.trained_seconds += seconds if trains else 0.0
 
     def result(self, ended: str) -> dict[str, Any]:
         """What ``potluck join`` prints in the end."""
@@ -79,6 +86,7 @@ class Joined:
             "ended": ended,
             "tasks": self.tasks,
             "worked_seconds": round(self.worked_seconds, 3),
+            "trained_seconds": round(self.trained_seconds, 3),
             "seconds": round(time.monotonic() - self.began, 3),
             "folder": str(self.folder),
         }
@@ -120,6 +128,7 @@ def attend(joined: Joined) -> dict[str, Any]:
         site.say(reason=str(error))
         raise
     finally:
+        joined.ended = True
         joined.behind.shutdown(wait=True, cancel_futures=True)
         try:
             site.say(status="left", task="")
@@ -232,7 +241,7 @@ def _one_task(joined: Joined, participant: Participant, store: LocalStore, recei
     joined.upcoming = joined.behind.submit(_send_and_fetch, joined, received, answer)
     worked = time.monotonic()
     participant.go_ahead()
-    joined.worked_seconds += time.monotonic() - worked
+    joined.work(time.monotonic() - worked, trains=True)
 
 
 def _send(joined: Joined, received: Received, answer: Answer) -> None:
@@ -247,7 +256,7 @@ def _send_and_fetch(joined: Joined, received: Received, answer: Answer) -> Recei
     """Send an answer, then wait for the next task and fetch its tensors."""
     with received.delivery.kept():
         _send(joined, received, answer)
-    while not joined.stop():
+    while not (joined.stop() or joined.ended):
         upcoming = joined.site.next(WAIT_SECONDS)
         if upcoming is None:
             continue
@@ -277,7 +286,7 @@ def _perform(joined: Joined, participant: Participant, store: LocalStore, receiv
         worked = time.monotonic()
         joined.done = NOWHERE if trains else joined.done
         contribution = participant.perform(task)
-        joined.worked_seconds += time.monotonic() - worked
+        joined.work(time.monotonic() - worked, trains)
         check_size(joined.policy, contribution)
     except (PolicyError, TrainingError) as error:
         joined.journal(f"task {received.name}: {error}")

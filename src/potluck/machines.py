@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,7 @@ from potluck.engine.nats.server import Server
 from potluck.engine.nats.site import Site
 from potluck.engine.nats.subjects import COORDINATOR, Names
 from potluck.errors import InviteError, PolicyError, RunFolderError, StorageError
-from potluck.hosting import gather
+from potluck.hosting import gather, start_engine
 from potluck.joining import Joined, attend, understand
 from potluck.preflight import forecast
 from potluck.recipe import Recipe, load_recipe, recipe_hash
@@ -77,7 +77,9 @@ def _hosted(
 ) -> None:
     """Everything between the first key and the last goodbye."""
     storage = _storage(recipe)
-    with _server(premises, storage, journal), _connected(premises.access(), journal) as connection:
+    with ExitStack() as left:
+        left.enter_context(_server(premises, storage, journal))
+        connection = left.enter_context(_connected(premises.access(), journal))
         assert isinstance(recipe.engine, Nats)
         make_streams(connection, premises.names, premises.participants, storage, recipe.engine.replicas)
         blobs = _blobs(recipe, connection, premises.names, journal)
@@ -85,8 +87,8 @@ def _hosted(
         post = Post(connection, premises.names, premises.seed, premises.keys, blobs, codec, folder_in)
         _tell_how_to_join(premises, recipe, console)
         pending: list[tuple[str, str]] = []
-        hosted = gather(recipe, post, folder, journal, lambda who, why: pending.append((who, why)), stopping)
-        engine = hosted.nats
+        engine = left.enter_context(closing(start_engine(recipe, post, lambda who, why: pending.append((who, why)))))
+        hosted = gather(recipe, engine, post, folder, journal, stopping)
         checkpoint = newest_checkpoint(folder)
         past = history(folder, checkpoint)
         variant = Variant("together", recipe.participant_names)
@@ -105,11 +107,8 @@ def _hosted(
             engine.refused = lambda who, why: _refused(run, journal, who, why)
             for refusal in pending:
                 engine.refused(*refusal)
-            try:
-                run.finish(stopping)
-                engine.end("the run is finished", END_SECONDS)
-            finally:
-                engine.close()
+            run.finish(stopping)
+            engine.end("the run is finished", END_SECONDS)
 
 
 def _refused(run: Run, journal: Journal, who: str, why: str) -> None:
