@@ -48,7 +48,7 @@ Result = dict[str, Any]
 
 def train(recipe_path: Path, settings: Sequence[str], console: Console) -> Result:
     """Train together, export, report."""
-    recipe = checked_recipe(recipe_path, settings, console)
+    recipe = _checked_recipe(recipe_path, settings, console)
     folder = run_folder(recipe)
     with locked(folder):
         create_run(folder, recipe, Variant("together", recipe.participant_names))
@@ -57,7 +57,7 @@ def train(recipe_path: Path, settings: Sequence[str], console: Console) -> Resul
 
 def compare(recipe_path: Path, settings: Sequence[str], console: Console, pooled: bool) -> Result:
     """Train together, each alone, and pooled; compare."""
-    recipe = checked_recipe(recipe_path, settings, console)
+    recipe = _checked_recipe(recipe_path, settings, console)
     if POOLED in recipe.participant_names:
         raise RecipeError(f"participants: {POOLED!r} is the name of the pooled run", "rename that participant")
     folder = run_folder(recipe)
@@ -127,7 +127,7 @@ def export(folder: Path, to: Path | None, number: int | None, best: bool) -> Res
     return {"model": str(_export(folder, to or folder / "model", number, best))}
 
 
-def checked_recipe(path: Path, settings: Sequence[str], console: Console) -> Recipe:
+def _checked_recipe(path: Path, settings: Sequence[str], console: Console) -> Recipe:
     """A recipe whose participants are in this process, with the warnings that a run of it deserves.
 
     Raises:

@@ -26,7 +26,7 @@ from potluck.joining import Joined, attend, understand
 from potluck.preflight import forecast
 from potluck.recipe import Recipe, load_recipe, recipe_hash
 from potluck.recipe.engine import Nats
-from potluck.recipe.part import Part, Policy, load_part
+from potluck.recipe.part import Part, load_part
 from potluck.records.folder import Variant, create_run, locked, open_run, run_folder
 from potluck.records.journal import Journal
 from potluck.records.live import view
@@ -179,13 +179,9 @@ def own_part(
         changes["model"] = str(model.absolute())
     if device is not None:
         changes["device"] = device
-    policy: dict[str, Any] = {"max_local_steps": max_local_steps, "max_bytes": max_bytes}
-    policy = {key: value for key, value in policy.items() if value is not None}
-    if allow:
-        policy["kinds"] = [*Policy().kinds, *allow]
-    if policy:
-        changes["policy"] = policy
-    return load_part(path, changes)
+    bounds = {"max_local_steps": max_local_steps, "max_bytes": max_bytes}
+    policy = {key: value for key, value in bounds.items() if value is not None}
+    return load_part(path, changes, policy, allow)
 
 
 def make_own_key(path: Path) -> Result:

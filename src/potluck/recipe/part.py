@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import tomllib
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -43,12 +44,13 @@ class Part(Table):
     policy: Policy = setting(Policy(), "What the coordinator may ask.")
 
 
-def load_part(path: Path | None, changes: dict[str, Any]) -> Part:
+def load_part(path: Path | None, changes: Mapping[str, Any], policy: Mapping[str, Any], allow: Sequence[str]) -> Part:
     """Read a participant's part, and put what the command line says over it.
 
     Args:
         path: TOML file; its paths are relative to it. ``None`` begins with nothing.
-        changes: Keys of the part, as in the file.
+        changes, policy: Keys of the part and of its policy, as in the file.
+        allow: Kinds of tasks beside those that the policy allows already.
 
     Raises:
         RecipeError: The file cannot be read, or what it says is wrong.
@@ -61,9 +63,13 @@ def load_part(path: Path | None, changes: dict[str, Any]) -> Part:
             raise RecipeError(f"{path}: there is no such file") from None
         except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
             raise RecipeError(f"{path}: cannot be read ({error})") from None
-    policy = {**raw.get("policy", {}), **changes.pop("policy", {})}
+    written = raw.get("policy", {})
+    if isinstance(written, dict):  # else the model says what is wrong
+        written = {**written, **policy}
+        if allow:
+            written["kinds"] = [*written.get("kinds", Policy().kinds), *allow]
     try:
-        return Part.model_validate({**raw, **changes, **({"policy": policy} if policy else {})})
+        return Part.model_validate({**raw, **changes, "policy": written})
     except ValidationError as error:
         faults = "; ".join(explain(fault, Part) for fault in error.errors(include_url=False))
         where = path or "what this participant brings"
