@@ -19,12 +19,13 @@ from benchmarks.peers._wire import Processes, Report, free_port, measure, read_j
 from potluck.contribution import Contribution, Packed, Task
 from potluck.engine.nats.blobs import JetStreamBlobs
 from potluck.engine.nats.connection import Connection
-from potluck.engine.nats.coordinator import NatsEngine, Post, make_streams
+from potluck.engine.nats.coordinator import NatsEngine, Post
 from potluck.engine.nats.identity import load_invite
 from potluck.engine.nats.members import Members
 from potluck.engine.nats.premises import Place, open_premises
 from potluck.engine.nats.server import Server
 from potluck.engine.nats.site import Site
+from potluck.engine.nats.streams import make_streams
 from potluck.engine.nats.subjects import COORDINATOR, Names
 from potluck.looking import access_of
 from potluck.recipe.engine import Nats

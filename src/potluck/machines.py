@@ -14,11 +14,12 @@ from potluck.asking import Asks, local_recipe, refusals
 from potluck.commands import close_run, resumable
 from potluck.engine.nats.blobs import Blobs, JetStreamBlobs
 from potluck.engine.nats.connection import Access, Connection
-from potluck.engine.nats.coordinator import Post, make_streams
+from potluck.engine.nats.coordinator import Post
 from potluck.engine.nats.identity import Invite, load_invite, public_key, read_or_make_seed
 from potluck.engine.nats.premises import Place, Premises, open_premises
 from potluck.engine.nats.server import Server
 from potluck.engine.nats.site import Site
+from potluck.engine.nats.streams import make_streams
 from potluck.engine.nats.subjects import COORDINATOR, Names
 from potluck.errors import InviteError, PolicyError, RunFolderError, StorageError
 from potluck.hosting import gather, start_engine

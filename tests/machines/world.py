@@ -12,11 +12,12 @@ from pathlib import Path
 from potluck.contribution import Contribution, Task
 from potluck.engine.nats.blobs import JetStreamBlobs
 from potluck.engine.nats.connection import Access, Connection
-from potluck.engine.nats.coordinator import NatsEngine, Post, make_streams
+from potluck.engine.nats.coordinator import NatsEngine, Post
 from potluck.engine.nats.identity import make_certificate, new_seed, public_key
 from potluck.engine.nats.members import Members
 from potluck.engine.nats.server import Server, ServerSettings
 from potluck.engine.nats.site import Site
+from potluck.engine.nats.streams import make_streams
 from potluck.engine.nats.subjects import COORDINATOR, Names, permissions_of
 from potluck.errors import PotluckError
 from potluck.recipe.engine import Nats

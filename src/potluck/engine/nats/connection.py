@@ -12,7 +12,7 @@ import logging
 import secrets
 import threading
 import time
-from collections.abc import Callable, Coroutine, Iterator, Sequence
+from collections.abc import Callable, Coroutine, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -355,28 +355,3 @@ def _check(answer: Any, what: str) -> None:
     if error.get("err_code") in _STORE_IS_FULL:
         raise StorageError(f"the message server's store is full ({text})", "give it more disk, or raise engine.storage")
     raise EngineError(text)
-
-
-def ensure_stream(connection: Connection, config: dict[str, Any]) -> None:
-    """Make a stream, or give one that is there this configuration.
-
-    Raises:
-        EngineError: The server does neither.
-    """
-    try:
-        connection.api(f"STREAM.CREATE.{config['name']}", config)
-    except StorageError:
-        raise
-    except EngineError as error:
-        if "already in use" not in str(error):
-            raise
-        connection.api(f"STREAM.UPDATE.{config['name']}", config)
-
-
-def ensure_consumers(connection: Connection, stream: str, consumers: Sequence[dict[str, Any]]) -> None:
-    """Make durable pull consumers of a stream; those that are there stay as they are."""
-    for config in consumers:
-        name = config["durable_name"]
-        body = {"stream_name": stream, "config": config}
-        subject = f"CONSUMER.CREATE.{stream}.{name}"
-        connection.api(f"{subject}.{config['filter_subject']}" if "filter_subject" in config else subject, body)

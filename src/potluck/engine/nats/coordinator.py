@@ -6,7 +6,7 @@ import json
 import queue
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -14,15 +14,14 @@ from typing import Any
 
 from potluck.contribution import Contribution, Packed, ParticipantId, ParticipantInfo, Reply, Task, TaskId
 from potluck.engine.nats.blobs import Blobs
-from potluck.engine.nats.connection import Connection, Delivery, ensure_consumers, ensure_stream
+from potluck.engine.nats.connection import Connection, Delivery
 from potluck.engine.nats.frames import Codec, Frame, read_frame, signed, task_name
 from potluck.engine.nats.members import Members
-from potluck.engine.nats.subjects import COORDINATOR, Names, participant_of, token
+from potluck.engine.nats.subjects import COORDINATOR, Names, participant_of
 from potluck.errors import EngineError, PotluckError
 from potluck.recipe.engine import Nats
 
 END = "end"
-ACK_SECONDS = 10  # a task whose participant does not say that it works comes again
 LEAVE_SECONDS = 2.0  # what was sent before a goodbye has come by then
 Key = tuple[ParticipantId, str]
 Told = Callable[[ParticipantId, str], None]
@@ -380,37 +379,3 @@ class NatsEngine:
                 with self._lock:
                     self._answered.add((sent.to, sent.name))
                 self._finish(sent, self._failed(sent, "failed", "it left before it answered"))
-
-
-def make_streams(
-    connection: Connection, names: Names, participants: Sequence[ParticipantId], storage: int, replicas: int = 1
-) -> None:
-    """The run's streams, bucket and consumers; what is there stays.
-
-    Args:
-        storage: Bytes that the server may keep in all.
-        replicas: Servers of a cluster that hold each stream.
-
-    Raises:
-        StorageError: The server has less room than that.
-        EngineError: The server does not make them.
-    """
-    common = {"storage": "file", "discard": "new", "num_replicas": replicas}  # refuse what does not fit, lose nothing
-    queue_like = {**common, "retention": "workqueue", "max_msg_size": 1 << 20, "max_bytes": max(storage // 20, 1 << 24)}
-    chunky = {**common, "retention": "limits", "allow_direct": True, "max_msgs_per_subject": 1}
-    ensure_stream(connection, {**queue_like, "name": names.tasks, "subjects": [names.task("*")]})
-    ensure_stream(connection, {**queue_like, "name": names.replies, "subjects": [names.reply("*")]})
-    half = storage * 2 // 5
-    states = {"name": names.states, "subjects": [names.state(">"), names.about]}
-    uploads = {"name": names.uploads, "subjects": [f"potluck.{names.run}.upload.>"]}
-    for stream in (states, uploads):
-        ensure_stream(connection, {**chunky, **stream, "max_bytes": half})
-    bucket = {"name": f"KV_{names.members}", "subjects": [f"$KV.{names.members}.>"], "max_bytes": 1 << 24}
-    ensure_stream(connection, {**chunky, **bucket, "allow_rollup_hdrs": True})
-    consumer = {"ack_policy": "explicit", "ack_wait": ACK_SECONDS * 10**9, "max_deliver": -1}
-    ensure_consumers(
-        connection,
-        names.tasks,
-        [{**consumer, "durable_name": token(n), "filter_subject": names.task(n)} for n in participants],
-    )
-    ensure_consumers(connection, names.replies, [{**consumer, "durable_name": COORDINATOR}])
