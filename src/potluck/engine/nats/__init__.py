@@ -13,3 +13,11 @@ Everybody dials out to one port of the server. Tasks and replies are delivered a
 task's name. ``docs/reference/wire-format.md`` has subjects and frames, ``docs/explanation/threat-model.md`` who may
 do what.
 """
+
+from importlib.util import find_spec
+
+from potluck.errors import MissingExtra
+
+for library in ("nats", "nkeys", "cryptography"):
+    if find_spec(library) is None:
+        raise MissingExtra(f"real machines need the library {library}", "pip install 'potluck[nats]'")

@@ -17,21 +17,17 @@ from dataclasses import asdict, dataclass
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
+import nacl.exceptions
+import nacl.signing
+import nkeys
 import tomli_w
+from cryptography import x509
+from cryptography.hazmat.primitives import hashes, serialization
+from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.x509.oid import NameOID
 
-from potluck.errors import InviteError, MissingExtra
+from potluck.errors import InviteError
 from potluck.files import storing
-
-try:
-    import nacl.exceptions
-    import nacl.signing
-    import nkeys
-    from cryptography import x509
-    from cryptography.hazmat.primitives import hashes, serialization
-    from cryptography.hazmat.primitives.asymmetric import ec
-    from cryptography.x509.oid import NameOID
-except ImportError as missing:
-    raise MissingExtra(f"real machines need {missing.name}", "pip install 'potluck[nats]'") from None
 
 SIGNATURE_BYTES = 64
 CERTIFICATE_DAYS = 3650
