@@ -186,7 +186,7 @@ class NatsEngine:
             self._inbox.put(("the server", f"an old task could not be taken back: {error}"))
 
     def end(self, reason: str, patience: float) -> None:
-        """Tell everybody that the run is over, and wait until those who are there have heard it."""
+        """Tell everybody that the run is over, wait until those who are there have heard it, and leave no state."""
         for name in self.members.of:
             if self.members.presence(name) in ("ready", "working"):
                 facts: dict[str, Any] = {"run": self._post.names.run, "task": END, "to": name, "reason": reason}
@@ -195,8 +195,10 @@ class NatsEngine:
         while time.monotonic() < until:
             state = self._post.connection.api(f"STREAM.INFO.{self._post.names.tasks}")["state"]
             if not state["messages"]:
-                return
+                break
             time.sleep(0.05)
+        for digest in self._post.blobs.held(None):
+            self._drop(None, digest)
 
     def take_event(self, event: Mapping[str, Any]) -> None:
         """Let everybody who may look know how far the run is; a listener of its event log."""
