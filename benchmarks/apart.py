@@ -97,13 +97,12 @@ def _alone() -> dict[str, str]:
 
 @contextmanager
 def _process(words: list[object]) -> Iterator[subprocess.Popen[bytes]]:
-    process = subprocess.Popen([POTLUCK, *map(str, words)], env=_alone(), stdout=subprocess.PIPE)
-    try:
-        yield process
-        process.wait(30)
-    finally:
-        process.kill()
-        process.wait()
+    with subprocess.Popen([POTLUCK, *map(str, words)], env=_alone(), stdout=subprocess.PIPE) as process:
+        try:
+            yield process
+            process.wait(30)
+        finally:
+            process.kill()
 
 
 if __name__ == "__main__":
