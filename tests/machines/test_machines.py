@@ -160,6 +160,8 @@ def test_status_and_doctor_look_from_another_terminal(
     (tmp_path / "other.toml").write_text(hosted.invite("bob").read_text().replace(str(hosted.port), "1"))
     found = potluck("doctor", "--invite", tmp_path / "other.toml", "--json", code=11).result
     assert [f["test"] for f in found["findings"] if not f["ok"]] == ["reachability"]
+    hosted.coordinator.signal(signal.SIGTERM)  # and with it the server
+    assert hosted.coordinator.wait().code == 130
 
 
 def test_own_keys_and_rotation(potluck: Potluck, tables: Tables, sources: dict[str, Any], tmp_path: Path) -> None:
