@@ -18,7 +18,7 @@ from typing import Any
 from benchmarks.peers._wire import Processes, Report, free_port, measure, read_json, write_json
 from potluck.contribution import Contribution, Packed, Task
 from potluck.engine.nats.blobs import JetStreamBlobs
-from potluck.engine.nats.connection import Connection
+from potluck.engine.nats.connection import Connection, access_of
 from potluck.engine.nats.coordinator import NatsEngine, Post
 from potluck.engine.nats.identity import load_invite
 from potluck.engine.nats.members import Members
@@ -27,7 +27,6 @@ from potluck.engine.nats.server import Server
 from potluck.engine.nats.site import Site
 from potluck.engine.nats.streams import make_streams
 from potluck.engine.nats.subjects import COORDINATOR, Names
-from potluck.looking import access_of
 from potluck.recipe.engine import Nats
 from potluck.updates.framing import fields_of
 

@@ -116,14 +116,14 @@ def gather(
     assert isinstance(recipe.engine, Nats)
     members = engine.members
     if not (folder / "tokenizer").exists():  # a run that goes on has said more already
-        say_about(post, recipe, None, None, folder)
+        say_about(post, recipe, None, None)
     vocabulary = _vocabulary(recipe, engine, folder, journal, stop)
     network = place(build_model(recipe.model, vocabulary.size, vocabulary.end_of_text, recipe.seed), recipe.compute)
     manifest = network.flat.manifest
     fragments = fragments_in(network, recipe)
     messages = Messages(recipe, tuple((entry.name, entry.shape) for entry in manifest))
     engine.max_reply_bytes = max(map(messages.update, range(len(fragments)))) + _HEADROOM
-    say_about(post, recipe, vocabulary, network, folder)
+    say_about(post, recipe, vocabulary, network)
     holdings = folder / "host" / "holdings.json"
     members.unfit = _fitness(holdings, vocabulary, layout_hash(manifest))
     hosted = Hosted(
@@ -142,7 +142,7 @@ def gather(
     return hosted
 
 
-def say_about(post: Post, recipe: Recipe, vocabulary: Vocabulary | None, network: Network | None, folder: Path) -> None:
+def say_about(post: Post, recipe: Recipe, vocabulary: Vocabulary | None, network: Network | None) -> None:
     """Tell participants what the run is: recipe without anybody's sources or paths, vocabulary, the model's layout."""
     bare = recipe.model_copy(
         update={"participants": tuple(p.model_copy(update={"source": None}) for p in recipe.participants)}

@@ -17,7 +17,7 @@ from rich.console import Console
 from rich.table import Table
 
 from potluck.engine.nats.bulk import Bulk
-from potluck.engine.nats.connection import Access, Connection
+from potluck.engine.nats.connection import Access, Connection, access_of
 from potluck.engine.nats.frames import read_frame
 from potluck.engine.nats.identity import Invite, load_invite, read_or_make_seed, tls_context
 from potluck.engine.nats.members import Members
@@ -122,12 +122,6 @@ def show_findings(found: Found) -> None:
         console.print(f"{mark} {finding['test']}: {finding['found']}", soft_wrap=True)
         if finding["hint"]:
             console.print(f"     [dim]{finding['hint']}[/]", soft_wrap=True)
-
-
-def access_of(invite: Invite) -> Access:
-    """How whoever is invited reaches the server."""
-    inbox = Names(invite.run).inbox(invite.participant)
-    return Access(invite.urls, invite.certificate, invite.seed, inbox, invite.participant)
 
 
 def _progress(data: bytes) -> dict[str, Any]:

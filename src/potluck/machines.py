@@ -13,7 +13,7 @@ from rich.console import Console
 from potluck.asking import Asks, local_recipe, refusals
 from potluck.commands import close_run, resumable
 from potluck.engine.nats.blobs import Blobs, JetStreamBlobs
-from potluck.engine.nats.connection import Access, Connection
+from potluck.engine.nats.connection import Access, Connection, access_of
 from potluck.engine.nats.coordinator import Post
 from potluck.engine.nats.identity import Invite, load_invite, public_key, read_or_make_seed
 from potluck.engine.nats.premises import Place, Premises, open_premises
@@ -123,7 +123,7 @@ def join(url: str | None, invite_path: Path, part: Part, options: Joining, conso
     folder = options.folder or Path("joined") / f"{invite.recipe}-{invite.run}" / invite.participant
     with locked(folder):
         journal = Journal(folder / "join.log", lambda text: console.print(text, highlight=False, markup=False))
-        access = _participant_access(invite)
+        access = access_of(invite)
         with (
             _connected(access, journal) as connection,
             resumable(_AGAIN, console) as stopping,
@@ -310,8 +310,3 @@ def _invite(url: str | None, path: Path, key: Path | None) -> Invite:
     if invite.seed and key is not None:
         raise InviteError(f"{path}: holds a key already", "leave out --key")
     return replace(invite, seed=read_or_make_seed(key)) if key is not None else invite
-
-
-def _participant_access(invite: Invite) -> Access:
-    names = Names(invite.run)
-    return Access(invite.urls, invite.certificate, invite.seed, names.inbox(invite.participant), invite.participant)

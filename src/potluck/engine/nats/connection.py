@@ -22,7 +22,8 @@ from nats.aio.client import Client as Nats
 from nats.aio.msg import Msg
 from nats.aio.subscription import Subscription
 
-from potluck.engine.nats.identity import tls_context
+from potluck.engine.nats.identity import Invite, tls_context
+from potluck.engine.nats.subjects import Names
 from potluck.errors import EngineError, Refused, StorageError
 
 logging.getLogger("asyncio").addFilter(lambda record: "eof_received" not in record.getMessage())  # nats-py with TLS
@@ -56,6 +57,12 @@ class Access:
     def secure(self) -> bool:
         """Whether it is encrypted."""
         return all(url.startswith("tls://") for url in self.urls)
+
+
+def access_of(invite: Invite) -> Access:
+    """How whoever is invited reaches the server."""
+    inbox = Names(invite.run).inbox(invite.participant)
+    return Access(invite.urls, invite.certificate, invite.seed, inbox, invite.participant)
 
 
 @dataclass(frozen=True)
@@ -145,16 +152,6 @@ class Connection:
         self._thread.join(5)
         if not self._loop.is_running():
             self._loop.close()
-
-    @property
-    def connected(self) -> bool:
-        """Whether the server is there now."""
-        return self._nats is not None and self._nats.is_connected
-
-    @property
-    def max_payload(self) -> int:
-        """The largest message that the server takes, in bytes."""
-        return int(self._nats.max_payload) if self._nats is not None else 0
 
     def store(self, subject: str, data: bytes, patience: float = 60.0) -> None:
         """Put a message into a stream, and wait until the server has it.

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -106,12 +105,6 @@ def token(name: str) -> str:
 def participant_of(subject: str) -> ParticipantId:
     """Whose reply a subject is."""
     return subject.rpartition(".")[2].replace("~", ".")
-
-
-def digest_of(subject: str) -> str:
-    """The hash in the subject of a chunk."""
-    found = re.search(r"\.([0-9a-f]{64})\.\d+$", subject)
-    return found[1] if found else ""
 
 
 def participant_permissions(names: Names, name: ParticipantId) -> Permissions:
