@@ -1,40 +1,30 @@
-"""The verbs: arguments in, one call of `commands` or `preflight`, the result on standard output."""
+"""The verbs of a run: plan, train, take part, look, evaluate, export."""
 
 from __future__ import annotations
 
-import json
-import sys
-from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated
 
 import typer
 
-from potluck import __version__
-from potluck.errors import PotluckError
-
-if TYPE_CHECKING:
-    from rich.console import Console
-
-app = typer.Typer(
-    name="potluck",
-    help="Train language models together: every participant keeps its own data.",
-    no_args_is_help=True,
-    pretty_exceptions_enable=False,
-    context_settings={"help_option_names": ["-h", "--help"]},
+from potluck.cli.options import (
+    BestOption,
+    JsonOption,
+    RecipeArgument,
+    RoundOption,
+    RunArgument,
+    SetOption,
+    address_of,
+    parsed,
+    print_json,
+    print_result,
+    progress,
 )
 
-RecipeArgument = Annotated[Path, typer.Argument(metavar="RECIPE", help="The recipe, a TOML file.")]
-RunArgument = Annotated[Path, typer.Argument(metavar="RUN", help="A run folder.")]
-SetOption = Annotated[
-    list[str] | None, typer.Option("--set", metavar="SECTION.KEY=VALUE", help="Change one key of the recipe.")
-]
-JsonOption = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
-RoundOption = Annotated[int | None, typer.Option("--round", help="Use the checkpoint of this round, not the newest.")]
-BestOption = Annotated[bool, typer.Option("--best", help="Use the checkpoint with the lowest held-out loss.")]
+verbs = typer.Typer()
 
 
-@app.command()
+@verbs.command()
 def check(recipe: RecipeArgument, settings: SetOption = None, as_json: JsonOption = False) -> None:
     """Validate a recipe and say what a run of it costs, without running it."""
     from dataclasses import asdict
@@ -45,12 +35,12 @@ def check(recipe: RecipeArgument, settings: SetOption = None, as_json: JsonOptio
 
     expected = forecast(load_recipe(recipe, settings or ()))
     if as_json:
-        _print_json(asdict(expected))
+        print_json(asdict(expected))
     else:
         show_forecast(expected)
 
 
-@app.command()
+@verbs.command()
 def plan(
     recipe: RecipeArgument,
     uplink: Annotated[str, typer.Option(help="Bandwidth from each participant, such as `20mbit`.")],
@@ -72,36 +62,36 @@ def plan(
     loaded = load_recipe(recipe, settings or ())
     link = Profile(
         steps_per_second=tokens_per_second / loaded.tokens_per_step,
-        uplink=_parsed(megabits, uplink, "--uplink"),
-        downlink=_parsed(megabits, downlink, "--downlink"),
-        latency=_parsed(milliseconds, latency, "--latency"),
+        uplink=parsed(megabits, uplink, "--uplink"),
+        downlink=parsed(megabits, downlink, "--downlink"),
+        latency=parsed(milliseconds, latency, "--latency"),
     )
     found = planned(loaded, link)
     if plot is not None:
         draw_plan(found, plot)
     if as_json:
-        _print_json({"link": link.model_dump(exclude={"availability"}), **asdict(found)})
+        print_json({"link": link.model_dump(exclude={"availability"}), **asdict(found)})
     else:
         show_plan(found)
 
 
-@app.command()
+@verbs.command()
 def train(recipe: RecipeArgument, settings: SetOption = None, as_json: JsonOption = False) -> None:
     """Train one model together; export it and write a report."""
     from potluck.commands import train as run
 
-    _print(run(recipe, settings or (), _progress()), as_json)
+    print_result(run(recipe, settings or (), progress()), as_json)
 
 
-@app.command()
+@verbs.command()
 def resume(run: RunArgument, number: RoundOption = None, as_json: JsonOption = False) -> None:
     """Go on with a run or a comparison that was stopped or killed."""
     from potluck.commands import resume as go_on
 
-    _print(go_on(run, _progress(), number), as_json)
+    print_result(go_on(run, progress(), number), as_json)
 
 
-@app.command()
+@verbs.command()
 def compare(
     recipe: RecipeArgument,
     settings: SetOption = None,
@@ -111,10 +101,10 @@ def compare(
     """Train together, each participant alone, and pooled; compare on everybody's held-out text."""
     from potluck.commands import compare as run
 
-    _print(run(recipe, settings or (), _progress(), pooled), as_json)
+    print_result(run(recipe, settings or (), progress(), pooled), as_json)
 
 
-@app.command()
+@verbs.command()
 def host(
     recipe: RecipeArgument,
     settings: SetOption = None,
@@ -142,7 +132,7 @@ def host(
     from potluck.machines import Hosting
     from potluck.machines import host as run
 
-    address, port = _address(listen, "--listen")
+    address, port = address_of(listen, "--listen")
     if insecure_loopback and address == "0.0.0.0":
         address = "127.0.0.1"
     place = Place(
@@ -151,10 +141,10 @@ def host(
     )  # fmt: skip
     pairs = [item.partition("=") for item in key or ()]
     hosting = Hosting(place=place, own_keys={name: public for name, _, public in pairs}, rotate=rotate or ())
-    _print(run(recipe, settings or (), hosting, _progress()), as_json)
+    print_result(run(recipe, settings or (), hosting, progress()), as_json)
 
 
-@app.command()
+@verbs.command()
 def join(
     url: Annotated[
         str | None, typer.Argument(metavar="[URL]", help="The server; that of the invite if left out.")
@@ -178,15 +168,15 @@ def join(
     from potluck.machines import join as run
 
     if make_key is not None:
-        _print(make_own_key(make_key), as_json)
+        print_result(make_own_key(make_key), as_json)
         return
     if invite is None:
         raise typer.BadParameter("must be given", param_hint="--invite")
     mine = own_part(part, data, model, device, allow or (), max_local_steps, max_bytes)
-    _print(run(url, invite, mine, Joining(folder=folder, key=key, ask=ask), _progress()), as_json)
+    print_result(run(url, invite, mine, Joining(folder=folder, key=key, ask=ask), progress()), as_json)
 
 
-@app.command()
+@verbs.command()
 def status(
     run: Annotated[
         Path | None, typer.Argument(metavar="[RUN]", help="A run folder on the coordinator's machine.")
@@ -200,12 +190,12 @@ def status(
 
     found = run_status(run, invite)
     if as_json:
-        _print_json(found)
+        print_json(found)
     else:
         show(found)
 
 
-@app.command()
+@verbs.command()
 def doctor(
     invite: Annotated[Path, typer.Option(help="The invite of whoever cannot join.")],
     key: Annotated[Path | None, typer.Option(help="Own key file, if the invite holds none.")] = None,
@@ -217,14 +207,14 @@ def doctor(
 
     found = examine_access(invite, key, folder)
     if as_json:
-        _print_json(found)
+        print_json(found)
     else:
         show_findings(found)
     if not found["ok"]:
         raise typer.Exit(11)
 
 
-@app.command()
+@verbs.command()
 def evaluate(
     run: RunArgument,
     model: Annotated[Path | None, typer.Option(help="Evaluate this model folder in place of the run's model.")] = None,
@@ -235,10 +225,10 @@ def evaluate(
     """Bits per byte of a run's model on every participant's held-out text."""
     from potluck.commands import evaluate as measure
 
-    _print(measure(run, _progress(), model, number, best), as_json)
+    print_result(measure(run, progress(), model, number, best), as_json)
 
 
-@app.command()
+@verbs.command()
 def generate(
     source: Annotated[Path, typer.Argument(metavar="RUN_OR_MODEL", help="A run folder or an exported model.")],
     prompt: Annotated[str, typer.Option(help="The text to continue.")] = "",
@@ -253,12 +243,12 @@ def generate(
 
     text = continue_text(source, prompt, max_tokens=max_tokens, temperature=temperature, top_p=top_p, seed=seed)
     if as_json:
-        _print_json({"prompt": prompt, "text": text})
+        print_json({"prompt": prompt, "text": text})
     else:
         typer.echo(prompt + text)
 
 
-@app.command()
+@verbs.command()
 def export(
     run: RunArgument,
     to: Annotated[Path | None, typer.Option(help="Folder to write; RUN/model if left out.")] = None,
@@ -269,74 +259,12 @@ def export(
     """Write a model folder that `transformers` loads, with tokenizer and model card."""
     from potluck.commands import export as write
 
-    _print(write(run, to, number, best), as_json)
+    print_result(write(run, to, number, best), as_json)
 
 
-@app.command()
+@verbs.command()
 def report(run: RunArgument, as_json: JsonOption = False) -> None:
     """Write report.html and report.json for a run or a comparison."""
     from potluck.records.report import write_report
 
-    _print({"report": str(write_report(run))}, as_json)
-
-
-@app.callback(invoke_without_command=True)
-def _version(version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False) -> None:
-    if version:
-        typer.echo(__version__)
-        raise typer.Exit
-
-
-def main() -> None:
-    """Entry point: errors become one message and an exit code."""
-    try:
-        app()
-    except PotluckError as error:
-        sys.exit(_failed(str(error), error.hint, error.exit_code))
-
-
-def _failed(message: str, hint: str, code: int) -> int:
-    from rich.console import Console
-    from rich.markup import escape
-
-    if "--json" in sys.argv:
-        _print_json({"error": message, "hint": hint, "exit_code": code})
-    console = Console(stderr=True, highlight=False, soft_wrap=True)
-    label = "[yellow]stopped:[/]" if code == 130 else "[bold red]error:[/]"
-    console.print(f"{label} {escape(message)}")
-    if hint:
-        console.print(f"[dim]{escape(hint)}[/]")
-    return code
-
-
-def _progress() -> Console:
-    from rich.console import Console
-
-    return Console(stderr=True)
-
-
-def _address(text: str, option: str) -> tuple[str, int]:
-    host, colon, port = text.rpartition(":")
-    if not colon or not port.isdigit() or not 0 < int(port) < 65536:
-        raise typer.BadParameter(f"{text}: write HOST:PORT", param_hint=option)
-    return host.strip("[]"), int(port)
-
-
-def _parsed(parse: Callable[[str], float], text: str, option: str) -> float:
-    try:
-        return parse(text)
-    except ValueError as error:
-        raise typer.BadParameter(str(error), param_hint=option) from None
-
-
-def _print(result: Mapping[str, Any], as_json: bool) -> None:
-    if as_json:
-        _print_json(result)
-    else:
-        from potluck.show import show_result
-
-        show_result(result)
-
-
-def _print_json(result: Mapping[str, Any]) -> None:
-    typer.echo(json.dumps(result, indent=2, default=str))
+    print_result({"report": str(write_report(run))}, as_json)

@@ -1,0 +1,52 @@
+"""The verbs: arguments in, one call of a room, the result on standard output."""
+
+from __future__ import annotations
+
+import sys
+from typing import Annotated
+
+import typer
+
+from potluck import __version__
+from potluck.cli import composing, runs
+from potluck.cli.options import print_json
+from potluck.errors import PotluckError
+
+app = typer.Typer(
+    name="potluck",
+    help="Train language models together: every participant keeps its own data.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+app.add_typer(runs.verbs)
+app.add_typer(composing.verbs)
+
+
+@app.callback(invoke_without_command=True)
+def _version(version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False) -> None:
+    if version:
+        typer.echo(__version__)
+        raise typer.Exit
+
+
+def main() -> None:
+    """Entry point: errors become one message and an exit code."""
+    try:
+        app()
+    except PotluckError as error:
+        sys.exit(_failed(str(error), error.hint, error.exit_code))
+
+
+def _failed(message: str, hint: str, code: int) -> int:
+    from rich.console import Console
+    from rich.markup import escape
+
+    if "--json" in sys.argv:
+        print_json({"error": message, "hint": hint, "exit_code": code})
+    console = Console(stderr=True, highlight=False, soft_wrap=True)
+    label = "[yellow]stopped:[/]" if code == 130 else "[bold red]error:[/]"
+    console.print(f"{label} {escape(message)}")
+    if hint:
+        console.print(f"[dim]{escape(hint)}[/]")
+    return code

@@ -1,0 +1,60 @@
+"""What the verbs share: arguments, options, and how results are printed."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+RecipeArgument = Annotated[Path, typer.Argument(metavar="RECIPE", help="The recipe, a TOML file.")]
+RunArgument = Annotated[Path, typer.Argument(metavar="RUN", help="A run folder.")]
+SetOption = Annotated[
+    list[str] | None, typer.Option("--set", metavar="SECTION.KEY=VALUE", help="Change one key of the recipe.")
+]
+JsonOption = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
+RoundOption = Annotated[int | None, typer.Option("--round", help="Use the checkpoint of this round, not the newest.")]
+BestOption = Annotated[bool, typer.Option("--best", help="Use the checkpoint with the lowest held-out loss.")]
+
+
+def progress() -> Console:
+    """Where progress goes: standard error."""
+    from rich.console import Console
+
+    return Console(stderr=True)
+
+
+def address_of(text: str, option: str) -> tuple[str, int]:
+    """``HOST:PORT`` of an option."""
+    host, colon, port = text.rpartition(":")
+    if not colon or not port.isdigit() or not 0 < int(port) < 65536:
+        raise typer.BadParameter(f"{text}: write HOST:PORT", param_hint=option)
+    return host.strip("[]"), int(port)
+
+
+def parsed(parse: Callable[[str], float], text: str, option: str) -> float:
+    """An option read by a function that raises ValueError."""
+    try:
+        return parse(text)
+    except ValueError as error:
+        raise typer.BadParameter(str(error), param_hint=option) from None
+
+
+def print_result(result: Mapping[str, Any], as_json: bool) -> None:
+    """A result, as a table or as JSON."""
+    if as_json:
+        print_json(result)
+    else:
+        from potluck.show import show_result
+
+        show_result(result)
+
+
+def print_json(result: Mapping[str, Any]) -> None:
+    """A result as JSON, on standard output."""
+    typer.echo(json.dumps(result, indent=2, default=str))

@@ -1,0 +1,1 @@
+"""Building from parts: what participants trained apart, on a common base, made into one model."""

@@ -1,0 +1,94 @@
+"""The common base that parts are trained on, and the text they are trained and measured with."""
+
+from __future__ import annotations
+
+import glob
+import hashlib
+from collections.abc import Iterable
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+from transformers import PreTrainedModel
+
+from potluck.corpus.sources import documents
+from potluck.corpus.tokenizer import Vocabulary, folder_vocabulary, pieces
+from potluck.errors import CorpusError
+from potluck.models.build import load_folder
+from potluck.recipe.sources import Folder, SeparatedFile, Source
+
+
+@dataclass(frozen=True)
+class Base:
+    """A model folder, loaded.
+
+    Attributes:
+        model: In fp32, in evaluation mode.
+        vocabulary: Its tokenizer.
+        place: The folder, as the user named it.
+    """
+
+    model: PreTrainedModel
+    vocabulary: Vocabulary
+    place: str
+
+    @cached_property
+    def content_hash(self) -> str:
+        """SHA-256 over names, shapes and values of its weights: parts of another base do not fit."""
+        digest = hashlib.sha256()
+        for name, tensor in sorted(self.model.state_dict().items()):
+            digest.update(f"{name} {tuple(tensor.shape)}\n".encode())
+            digest.update(np.ascontiguousarray(tensor.detach().float().cpu().numpy()).data)
+        return digest.hexdigest()
+
+
+def load_base(folder: Path) -> Base:
+    """A model folder with its tokenizer, such as ``RUN/model``.
+
+    Raises:
+        ModelError: The model or its tokenizer cannot be used.
+    """
+    model = load_folder(folder)
+    return Base(model.eval(), folder_vocabulary(folder), str(folder))
+
+
+def text_source(path: Path) -> Source:
+    """A folder of text files, or one file, cut where a line ``<<<FILE name>>>`` begins another document.
+
+    Raises:
+        CorpusError: There is no such file or folder.
+    """
+    if path.is_dir():
+        return Folder(path=str(path))
+    if not path.is_file():
+        raise CorpusError(f"{path}: no such text", "name a folder of text files, or one file")
+    separated = SeparatedFile(file=str(path))
+    with path.open("rb") as file:
+        holds_many = file.readline(1 << 16).startswith(separated.separator.encode())
+    return separated if holds_many else Folder(path=str(path.parent), glob=glob.escape(path.name))
+
+
+def texts_of(path: Path) -> list[str]:
+    """The documents of a file or folder.
+
+    Raises:
+        CorpusError: It is missing, or holds no text.
+    """
+    return [document.text for document in documents(text_source(path))]
+
+
+def token_stream(texts: Iterable[str], vocabulary: Vocabulary) -> np.ndarray:
+    """Documents as one stream of token ids, int64, each begun by the end-of-text token.
+
+    Raises:
+        CorpusError: There is no text.
+    """
+    ids: list[int] = []
+    for text in texts:
+        ids.append(vocabulary.end_of_text)
+        for piece in pieces(text):
+            ids += vocabulary.tokenizer.encode(piece, add_special_tokens=False).ids
+    if len(ids) < 2:
+        raise CorpusError("there is no text to take tokens from")
+    return np.asarray(ids, dtype=np.int64)
