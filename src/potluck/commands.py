@@ -6,7 +6,7 @@ import json
 import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,18 +15,19 @@ from rich.console import Console
 from transformers import PreTrainedModel
 
 from potluck.comparison import Planned, planned_runs
-from potluck.corpus.tokenizer import (
-    Vocabulary,
-    folder_vocabulary,
-    load_vocabulary,
-    save_vocabulary,
-)
+from potluck.compose.base import Base, load_base, texts_of
+from potluck.compose.decoding.decode import Sampling, decode
+from potluck.compose.decoding.deferral import Lesson, learn_deferral
+from potluck.compose.decoding.gates import save_deferral
+from potluck.compose.decoding.models import Here, NextToken
+from potluck.compose.decoding.opened import Choice, opened, rule_of
+from potluck.corpus.tokenizer import Vocabulary, load_vocabulary, save_vocabulary
 from potluck.embedded import Workplace, embedded_run, environment, identity, prepare
 from potluck.errors import CheckpointError, Interrupted, MissingExtra, RecipeError, RunFolderError, StorageError
 from potluck.files import storing, write_text
 from potluck.local.evaluate import negative_log_likelihood
 from potluck.local.generate import generate as continue_text
-from potluck.models.build import build_model, load_folder
+from potluck.models.build import build_model
 from potluck.models.export import export_folder
 from potluck.models.flat import flatten
 from potluck.preflight import forecast
@@ -35,7 +36,7 @@ from potluck.recipe.engine import Nats
 from potluck.recipe.schema import ModelFolder, TokenizerFolder
 from potluck.records.card import model_card
 from potluck.records.checkpoint import Checkpoint, load_checkpoint
-from potluck.records.curves import read_comparison, read_run, summary_table
+from potluck.records.curves import RunRecord, read_comparison, read_run, summary_table
 from potluck.records.folder import POOLED, Variant, create_run, locked, open_run, run_folder
 from potluck.records.live import view
 from potluck.records.report import write_report
@@ -102,21 +103,63 @@ def evaluate(folder: Path, console: Console, model: Path | None, number: int | N
 
 def generate(source: Path, prompt: str, *, max_tokens: int, temperature: float, top_p: float, seed: int) -> str:
     """A prompt's continuation by a run's newest model or by an exported folder."""
-    if (source / "run.json").exists():
-        restored = _restore(_single_run(source), None, False)
-        model, vocabulary = restored.model, restored.vocabulary
-    else:
-        model, vocabulary = load_folder(source), folder_vocabulary(source)
+    base = _base(source)
     return continue_text(
-        model,
-        vocabulary.tokenizer,
-        vocabulary.end_of_text,
+        base.model,
+        base.vocabulary.tokenizer,
+        base.vocabulary.end_of_text,
         prompt,
         max_tokens=max_tokens,
         temperature=temperature,
         top_p=top_p,
         seed=seed,
     )
+
+
+def generate_together(
+    source: Path,
+    assistants: Sequence[str],
+    choice: Choice,
+    prompt: str,
+    *,
+    max_tokens: int,
+    sampling: Sampling,
+    key_from: str,
+) -> Result:
+    """A prompt's continuation by a base and its assistants, and what each of them was asked."""
+    base, here, others = _together(source, assistants, key_from)
+    vocabulary = base.vocabulary
+    rule = rule_of(choice, base, others)
+    context = [vocabulary.end_of_text, *vocabulary.tokenizer.encode(prompt, add_special_tokens=False).ids]
+    end = vocabulary.end_of_text
+    found = decode(here, others, rule, context, max_tokens=max_tokens, end_of_text=end, sampling=sampling)
+    asked = {name: {"said": found.said[name], **asdict(counts)} for name, counts in found.counts.items()}
+    text = vocabulary.tokenizer.decode(found.tokens)
+    return {"prompt": prompt, "text": text, "rule": choice.rule, "models": asked}
+
+
+def defer(source: Path, assistants: Sequence[str], data: Path, to: Path, lesson: Lesson, key_from: str) -> Result:
+    """Learn when the assistants of a base should speak, from a little text, and keep it in a folder."""
+    base, here, others = _together(source, assistants, key_from)
+    learnt = learn_deferral(base, here, others, texts_of(data), lesson)
+    save_deferral(learnt, to)
+    return {"deferral": str(to), "threshold": learnt.threshold, **learnt.figures}
+
+
+def _together(source: Path, assistants: Sequence[str], key_from: str) -> tuple[Base, Here, list[NextToken]]:
+    if key_from and not any("://" in place for place in assistants):
+        raise RecipeError("--api-key-env has no effect: no assistant is an endpoint")
+    base = _base(source)
+    here = Here(base.place, base.model, base.vocabulary.size)
+    return base, here, [opened(place, base, _base, key_from) for place in assistants]
+
+
+def _base(source: Path) -> Base:
+    """A run's newest model, or an exported folder."""
+    if not (source / "run.json").exists():
+        return load_base(source)
+    restored = _restore(_single_run(source), None, False)
+    return Base(restored.model.eval(), restored.vocabulary, str(source))
 
 
 def export(folder: Path, to: Path | None, number: int | None, best: bool) -> Result:
@@ -266,20 +309,26 @@ def _export(folder: Path, to: Path, number: int | None, best: bool) -> Path:
     """Write the model folder beside its place, then move it there."""
     restored = _restore(folder, number, best)
     recipe, vocabulary = restored.recipe, restored.vocabulary
-    base = recipe.model.path if isinstance(recipe.model, ModelFolder) else None
     record = read_run(folder, restored.checkpoint.facts["events_position"])
     partial = to.with_name(f".{to.name}.partial")
     with storing(to):
         try:
             shutil.rmtree(partial, ignore_errors=True)
             export_folder(restored.model, recipe.tokenizer, vocabulary.tokenizer, vocabulary.end_of_text, partial)
-            write_text(partial / "README.md", model_card(record, recipe_toml(recipe), base))
+            write_text(partial / "README.md", _card(restored, record))
             write_text(partial / "recipe.toml", recipe_toml(recipe))
             shutil.rmtree(to, ignore_errors=True)
             partial.rename(to)
         finally:
             shutil.rmtree(partial, ignore_errors=True)
     return to
+
+
+def _card(restored: _Restored, record: RunRecord) -> str:
+    recipe, model = restored.recipe, restored.model
+    base = recipe.model.path if isinstance(recipe.model, ModelFolder) else None
+    frozen = sum(parameter.numel() for parameter in model.parameters() if not parameter.requires_grad)
+    return model_card(record, recipe_toml(recipe), base, frozen, model.config.model_type.startswith("potluck_"))
 
 
 def _report(folder: Path, console: Console) -> str | None:

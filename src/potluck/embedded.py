@@ -168,7 +168,7 @@ def identity(workplace: Workplace) -> Facts:
     return {
         "tokenizer": corpus.vocabulary.content_hash,
         "text": {name: holding.content_hash for name, holding in corpus.holdings.items()},
-        "model": [[entry.name, list(entry.shape)] for entry in workplace.network.flat.manifest],
+        "model": workplace.network.layout,
     }
 
 

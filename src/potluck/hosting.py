@@ -119,20 +119,19 @@ def gather(
         say_about(post, recipe, None, None)
     vocabulary = _vocabulary(recipe, engine, folder, journal, stop)
     network = place(build_model(recipe.model, vocabulary.size, vocabulary.end_of_text, recipe.seed), recipe.compute)
-    manifest = network.flat.manifest
     fragments = fragments_in(network, recipe)
-    messages = Messages(recipe, tuple((entry.name, entry.shape) for entry in manifest))
+    messages = Messages(recipe, tuple((entry.name, entry.shape) for entry in network.flat.manifest))
     engine.max_reply_bytes = max(map(messages.update, range(len(fragments)))) + _HEADROOM
     say_about(post, recipe, vocabulary, network)
     holdings = folder / "host" / "holdings.json"
-    members.unfit = _fitness(holdings, vocabulary, layout_hash(manifest))
+    members.unfit = _fitness(holdings, vocabulary, layout_hash(network))
     hosted = Hosted(
         engine,
         recipe,
         vocabulary,
         network.flat.vector.cpu().clone(),
         fragments,
-        [[entry.name, list(entry.shape)] for entry in manifest],
+        network.layout,
         environment(network),
         holdings,
     )
@@ -158,7 +157,7 @@ def say_about(post: Post, recipe: Recipe, vocabulary: Vocabulary | None, network
         named = packed_text(payload)
         facts |= {
             "end_of_text": vocabulary.end_of_text,
-            "model": layout_hash(network.flat.manifest),
+            "model": layout_hash(network),
             "parameters": network.flat.vector.numel(),
             "message": {"payload": named},
         }

@@ -25,14 +25,18 @@ import torch
 
 from potluck import __version__
 from potluck.asking import Asks, about_asks, check_policy, check_size, words_contribution
+from potluck.compose.base import load_base
+from potluck.compose.decoding.models import Here
+from potluck.compose.decoding.opened import same_tokens
+from potluck.compose.decoding.participants import KIND as PREDICT
 from potluck.contribution import Contribution
 from potluck.corpus.shards import Corpus, Holding, build_corpus
 from potluck.corpus.tokenizer import Vocabulary, vocabulary_of
 from potluck.embedded import batches_of, environment, fragments_in, holding_facts
 from potluck.engine.nats.coordinator import Post
 from potluck.engine.nats.site import Received, Site, read_about
-from potluck.errors import EngineError, Interrupted, PolicyError, PotluckError, TrainingError
-from potluck.local.network import Network, place
+from potluck.errors import EngineError, Interrupted, ModelError, PolicyError, PotluckError, TrainingError
+from potluck.local.network import Network, device_named, place
 from potluck.local.optimizers import InnerOptimizer
 from potluck.local_state import LocalState, new_state
 from potluck.local_store import Answer, LocalStore, layout_hash
@@ -56,6 +60,7 @@ class Joined:
         recipe: The run's, with this participant's own text and machine in it.
         folder: Where its state is kept.
         stop: Whether it was asked to leave.
+        predicts_with: Its own model, if others may ask it.
     """
 
     site: Site
@@ -65,6 +70,7 @@ class Joined:
     folder: Path
     journal: Journal
     stop: Callable[[], bool]
+    predicts_with: Path | None = None
     done: int = -1  # revision from which the state in memory was trained
     tasks: int = 0
     worked_seconds: float = 0.0  # at tasks of all kinds ...
@@ -180,22 +186,36 @@ def _prepare(joined: Joined, vocabulary: Vocabulary) -> tuple[Participant, Local
     identity = {"run": joined.site.post.names.run, "text": holding.content_hash, "tokenizer": vocabulary.content_hash}
     store = LocalStore(joined.folder, identity, keep=2 * recipe.records.checkpoint_every + 4)
     batches = (batches_of(recipe, holding),)
-    participant = Participant(name, recipe, network, optimizer, batches, holding.validation, state, fragments)
+    predictor = _predictor(joined, vocabulary)
+    participant = Participant(
+        name, recipe, network, optimizer, batches, holding.validation, state, fragments, predictor
+    )
     state.shared = store.shared()
     joined.site.say(
         holding=holding_facts(holding),
         evaluates=True,
         vocabulary=vocabulary.content_hash,
-        model=layout_hash(network.flat.manifest),
+        model=layout_hash(network),
         environment=environment(network),
     )
     return participant, store
 
 
+def _predictor(joined: Joined, vocabulary: Vocabulary) -> Here | None:
+    """The participant's own model, which must speak the run's vocabulary."""
+    if joined.predicts_with is None:
+        return None
+    own = load_base(joined.predicts_with)
+    if not same_tokens(own.vocabulary, vocabulary):
+        raise ModelError(f"{own.place}: has another tokenizer than the run", "predicts_with needs the run's")
+    model: Any = own.model
+    return Here(joined.name, model.to(device_named(joined.recipe.compute.device)), vocabulary.size)
+
+
 def _check_layout(joined: Joined, network: Network) -> None:
     about = read_about(joined.site.post, joined.stop)
     theirs = about[0].get("model") if about is not None else None
-    if theirs and theirs != layout_hash(network.flat.manifest):
+    if theirs and theirs != layout_hash(network):
         hint = "the same model folder, and the same versions of potluck and transformers, are needed on both sides"
         raise PolicyError("the model here has other parameters than the coordinator's", hint)
     count = network.flat.vector.numel()
@@ -291,6 +311,8 @@ def _perform(joined: Joined, participant: Participant, store: LocalStore, receiv
     except (PolicyError, TrainingError) as error:
         joined.journal(f"task {received.name}: {error}")
         return Answer(None, str(error))
+    if task.kind == PREDICT:  # it changes nothing, and is answered again as easily
+        return Answer(contribution, "")
     if task.tensors and state.shared is not None:
         store.keep_shared(state.shared, task.state)
     answer = Answer(_lasting(contribution), "")

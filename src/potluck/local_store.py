@@ -8,10 +8,10 @@ come out.
 from __future__ import annotations
 
 import hashlib
+import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
@@ -20,6 +20,7 @@ from torch import Tensor
 from potluck.contribution import Contribution
 from potluck.errors import CheckpointError
 from potluck.files import storing
+from potluck.local.network import Network
 from potluck.local_state import LocalState, restore_state, state_facts, state_tensors
 from potluck.records.checkpoint import Checkpoint, list_checkpoints, load_checkpoint, prune_checkpoints, save_checkpoint
 
@@ -141,6 +142,6 @@ class LocalStore:
         return load_checkpoint(self._folder, number, only="")
 
 
-def layout_hash(manifest: Any) -> str:
-    """SHA-256 of names and shapes of a model's parameters: both sides must have the same."""
-    return hashlib.sha256(str([(entry.name, tuple(entry.shape)) for entry in manifest]).encode()).hexdigest()
+def layout_hash(network: Network) -> str:
+    """SHA-256 of the layout of a network's parameters: both sides must have the same."""
+    return hashlib.sha256(json.dumps(network.layout).encode()).hexdigest()

@@ -137,7 +137,8 @@ def join(url: str | None, invite_path: Path, part: Part, options: Joining, conso
             post = replace(post, blobs=_blobs(recipe, connection, names, journal))
             site = Site(post, invite.participant, recipe.engine, journal)
             mine = local_recipe(recipe, invite.participant, part, str(folder / "shards"))
-            joined = Joined(site, invite.participant, mine, part.policy, folder, journal, stopping)
+            own = None if part.predicts_with is None else Path(part.predicts_with)
+            joined = Joined(site, invite.participant, mine, part.policy, folder, journal, stopping, own)
             try:
                 return attend(joined)
             finally:

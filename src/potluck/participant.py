@@ -9,6 +9,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from potluck.compose.decoding.models import NextToken
+from potluck.compose.decoding.participants import KIND as PREDICT
+from potluck.compose.decoding.participants import answered
 from potluck.contribution import Contribution, Task
 from potluck.corpus.batches import Batches
 from potluck.corpus.shards import Shard
@@ -40,6 +43,7 @@ class Participant:
         validation: Its held-out text, if it has any.
         network, optimizer: Shared by all participants of a process; they take turns.
         fragments: Parts of the model that are exchanged in turn.
+        predictor: A model of its own, which answers questions for next tokens.
     """
 
     name: str
@@ -50,6 +54,7 @@ class Participant:
     validation: Shard | None
     state: LocalState
     fragments: tuple[Fragment, ...]
+    predictor: NextToken | None = None
 
     def perform(self, task: Task) -> Contribution:
         """Do a task.
@@ -57,9 +62,12 @@ class Participant:
         Raises:
             TrainingError: The kind of task is not known here, or training failed.
         """
-        if task.kind not in _TASKS:
-            raise TrainingError(f"{self.name} does not know how to {task.kind!r}", f"known: {', '.join(_TASKS)}")
+        known = (*_TASKS, PREDICT)
+        if task.kind not in known:
+            raise TrainingError(f"{self.name} does not know how to {task.kind!r}", f"known: {', '.join(known)}")
         try:
+            if task.kind == PREDICT:  # it brings a question, not the shared state
+                return predict(self, task)
             shared = absorb(self.recipe.updates.download, self.fragments, task.tensors, self.state.shared)
             self.state.shared = shared
             if task.state and state_hash(shared) != task.state:
@@ -160,6 +168,13 @@ def evaluate(participant: Participant, task: Task, shared: Tensor) -> Contributi
     nats, tokens = negative_log_likelihood(participant.network, shard.tokens, participant.recipe.local.sequence_length)
     header = {"nats": nats, "tokens": tokens, "bytes": shard.text_bytes}
     return Contribution(kind="evaluate", revision=task.revision, header=header)
+
+
+def predict(participant: Participant, task: Task) -> Contribution:
+    """What the participant's own model says comes next; neither the run's model nor its state take part in it."""
+    if participant.predictor is None:
+        raise TrainingError(f"{participant.name} has no model of its own to predict with")
+    return answered(participant.predictor, task)
 
 
 _TASKS: Mapping[str, Callable[[Participant, Task, Tensor], Contribution]] = {

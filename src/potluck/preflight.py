@@ -9,7 +9,7 @@ from pathlib import Path
 
 from potluck.corpus.sources import text_bytes
 from potluck.errors import CorpusError, ModelError
-from potluck.models.shapes import check_context, parameter_shapes, shape_of
+from potluck.models.shapes import check_context, frozen_count, parameter_shapes, shape_of
 from potluck.recipe import Recipe
 from potluck.recipe.local import AdamW, Muon
 from potluck.recipe.schema import Bpe, Bytes, OuterAdagrad, OuterAdam, OuterNesterov, OuterSgd, OuterYogi
@@ -101,7 +101,7 @@ def forecast(recipe: Recipe) -> Forecast:
         text_bytes=texts,
         parameters=parameters,
         vocabulary_size=vocabulary,
-        device_bytes=2 * _FP32 * parameters + _activations(recipe, vocabulary),
+        device_bytes=_FP32 * (2 * parameters + frozen_count(recipe.model)) + _activations(recipe, vocabulary),
         participant_bytes=_FP32 * parameters * _participant_vectors(recipe),
         coordinator_bytes=_FP32 * parameters * (2 + _outer_vectors(recipe)) + _kept_for_downloads(messages),
         update_bytes=sum(updates) // len(updates),

@@ -7,6 +7,19 @@ from typing import Annotated
 
 import typer
 
+from potluck.cli.decoding import (
+    AssistantOption,
+    DeferralOption,
+    DelimiterOption,
+    DraftOption,
+    KeyOption,
+    PlausibilityOption,
+    RuleOption,
+    StrengthOption,
+    ThresholdOption,
+    continue_alone,
+    continue_together,
+)
 from potluck.cli.options import (
     BestOption,
     JsonOption,
@@ -236,16 +249,27 @@ def generate(
     temperature: Annotated[float, typer.Option(min=0.0, help="0 takes the likeliest token each time.")] = 0.8,
     top_p: Annotated[float, typer.Option(min=0.01, max=1.0, help="Draw from this share of probability.")] = 0.95,
     seed: Annotated[int, typer.Option(min=0, help="The same seed gives the same text.")] = 0,
+    assistant: AssistantOption = None,
+    rule: RuleOption = None,
+    deferral: DeferralOption = None,
+    threshold: ThresholdOption = None,
+    draft: DraftOption = None,
+    strength: StrengthOption = None,
+    plausibility: PlausibilityOption = None,
+    delimiter: DelimiterOption = None,
+    api_key_env: KeyOption = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Continue a text with a trained model."""
-    from potluck.commands import generate as continue_text
-
-    text = continue_text(source, prompt, max_tokens=max_tokens, temperature=temperature, top_p=top_p, seed=seed)
-    if as_json:
-        print_json({"prompt": prompt, "text": text})
+    """Continue a text with a trained model, alone or together with others."""
+    sampled = {"max_tokens": max_tokens, "temperature": temperature, "top_p": top_p, "seed": seed}
+    given = {
+        "rule": rule, "deferral": deferral, "threshold": threshold, "draft": draft, "strength": strength,
+        "plausibility": plausibility, "delimiter": delimiter,
+    }  # fmt: skip
+    if assistant:
+        continue_together(source, assistant, prompt, sampled, given, api_key_env, as_json)
     else:
-        typer.echo(prompt + text)
+        continue_alone(source, prompt, sampled, {**given, "api_key_env": api_key_env}, as_json)
 
 
 @verbs.command()

@@ -32,10 +32,10 @@ _MAX_CONFIG_BYTES = 1 << 20
 # Settings of PEFT's LoraConfig that do not change what the saved weights mean. Anything else must be off.
 _HARMLESS = frozenset(
     {
-        "alpha_pattern", "auto_mapping", "base_model_name_or_path", "exclude_modules", "fan_in_fan_out",
-        "inference_mode", "layers_pattern", "layers_to_transform", "lora_alpha", "lora_dropout", "megatron_core",
-        "peft_type", "peft_version", "qalora_group_size", "r", "rank_pattern", "revision", "target_modules",
-        "task_type", "use_rslora",
+        "alpha_pattern", "auto_mapping", "base_model_name_or_path", "eva_config", "exclude_modules",
+        "fan_in_fan_out", "inference_mode", "layers_pattern", "layers_to_transform", "lora_alpha", "lora_dropout",
+        "megatron_core", "peft_type", "peft_version", "qalora_group_size", "r", "rank_pattern", "revision",
+        "target_modules", "task_type", "use_rslora",
     }
 )  # fmt: skip
 _HARMLESS_INITS = (True, False, "gaussian", "orthogonal", "eva")  # others change the base's weights (PiSSA, OLoRA …)
@@ -135,7 +135,7 @@ def save_adapter(adapter: Adapter, folder: Path) -> None:
         StorageError: The disk is full or cannot be written.
         ValueError: A factor is not finite.
     """
-    rank = adapter.rank
+    rank = max(1, adapter.rank)
     tensors = {}
     for path, factors in adapter.modules.items():
         if not (torch.isfinite(factors.down).all() and torch.isfinite(factors.up).all()):
@@ -210,18 +210,30 @@ def _factors(folder: Path, config: Mapping[str, Any], path: str, down: Tensor, u
     if not (torch.isfinite(down).all() and torch.isfinite(up).all()):
         raise ModelError(f"{folder}: {path} holds NaN or infinite values")
     rank = down.shape[0]
-    stated = _of_module(config.get("rank_pattern"), path, config.get("r"))
-    alpha = _of_module(config.get("alpha_pattern"), path, config.get("lora_alpha"))
-    if stated != rank or isinstance(alpha, bool) or not isinstance(alpha, int | float):
+    stated = _of_module(folder, config, "rank_pattern", path, config.get("r"))
+    alpha = _of_module(folder, config, "alpha_pattern", path, config.get("lora_alpha"))
+    if stated != rank or isinstance(alpha, bool) or not isinstance(alpha, int | float) or not math.isfinite(alpha):
         raise ModelError(f"{folder}: {path} has rank {rank}, the configuration says {stated} with alpha {alpha}")
     scaling = alpha / math.sqrt(rank) if config.get("use_rslora") else alpha / rank
     return Factors(down.float(), scaling * up.float())
 
 
-def _of_module(pattern: Any, path: str, otherwise: Any) -> Any:
-    """What a pattern says of a module: a key is matched against the end of its path, as PEFT does."""
-    for key, value in (pattern or {}).items():
-        with_end = re.match(rf"(.*\.)?({key})$", path) if len(key) < 512 else None
-        if with_end:
-            return value
+def _of_module(folder: Path, config: Mapping[str, Any], key: str, path: str, otherwise: Any) -> Any:
+    """What a pattern says of a module: it is matched against the end of the module's path, as PEFT does."""
+    patterns = config.get(key) or {}
+    if not isinstance(patterns, dict):
+        raise ModelError(f"{folder}: {key} is not a table")
+    for pattern, value in patterns.items():
+        try:
+            if not _plain(pattern):
+                raise ModelError(f"{folder}: {key} {pattern!r} is not supported", "write one key for each module")
+            if re.match(rf"(.*\.)?({pattern})$", path):
+                return value
+        except re.error:
+            raise ModelError(f"{folder}: {key} {pattern!r} is no regular expression") from None
     return otherwise
+
+
+def _plain(pattern: str) -> bool:
+    """Whether matching it ends soon: groups and many repetitions could keep a matcher busy for ever."""
+    return len(pattern) <= 256 and not set(pattern) & set("(){}") and sum(map(pattern.count, "*+")) <= 4

@@ -1,4 +1,4 @@
-"""Sums of products without ever forming one: concatenated factors, QR of both, and the SVD of a small core."""
+"""Sums of products without ever forming one: concatenated factors, and a decomposition of their small Gram matrices."""
 
 from __future__ import annotations
 
@@ -9,6 +9,8 @@ from torch import Tensor
 
 from potluck.compose.adapter import Factors
 
+_NOISE = 1e-15  # eigenvalues below this share of the largest are rounding in float64
+
 
 def concatenated(parts: Sequence[Factors], weights: Sequence[float]) -> Factors:
     """The exact sum ``Σ wᵢ ΔWᵢ``, of rank ``Σ rᵢ``: ``[w₁B₁ … w_N B_N] [A₁; …; A_N]``."""
@@ -18,28 +20,57 @@ def concatenated(parts: Sequence[Factors], weights: Sequence[float]) -> Factors:
 
 
 def decomposed(factors: Factors) -> tuple[Tensor, Tensor, Tensor]:
-    """The thin SVD of a product from its factors, ``up @ down = U diag(s) Vᵀ``, with R = rank.
-
-    ``up = Q_b R_b``, ``downᵀ = Q_a R_a``, and the SVD of the R x R core ``R_b R_aᵀ``: O((d_in + d_out) R²) where the
-    SVD of the product is O(d_in d_out min(d_in, d_out)).
+    """The thin SVD of a product from its factors, ``up @ down = U diag(s) Vᵀ``.
 
     Returns:
-        U ``(d_out, R')``, s ``(R',)`` descending, Vᵀ ``(R', d_in)``, with ``R' = min(R, d_in, d_out)``.
+        U ``(d_out, R')``, s ``(R',)`` descending, Vᵀ ``(R', d_in)``, with R' the rank, but 1 for zero.
     """
-    left, left_core = torch.linalg.qr(factors.up)
-    right, right_core = torch.linalg.qr(factors.down.T)
-    u, s, vt = torch.linalg.svd(left_core @ right_core.T, full_matrices=False)
-    return left @ u, s, vt @ right.T
+    up, down, kind = factors.up.double(), factors.down.double(), factors.up.dtype
+    left, s, right = _mixtures(up, down)
+    return (up @ left).to(kind), s.to(kind), (right @ down).to(kind)
 
 
-def truncated(factors: Factors, rank: int) -> Factors:
+def truncated(factors: Factors, rank: int | None = None, energy: float | None = None) -> Factors:
     """The product nearest to ``up @ down`` among those of this rank (Eckart and Young, 1936), balanced.
 
     ``up' = U_k √S_k``, ``down' = √S_k V_kᵀ``; what has no more than this rank stays what it is, to rounding.
+
+    Args:
+        rank: k, at most.
+        energy: k is the least that keeps this share of ``Σ s²``.
     """
-    u, s, vt = decomposed(factors)
-    root = s[:rank].sqrt()
-    return Factors(root[:, None] * vt[:rank], u[:, :rank] * root)
+    up, down, kind = factors.up.double(), factors.down.double(), factors.up.dtype
+    left, s, right = _mixtures(up, down)
+    k = min(rank or len(s), len(s) if energy is None else rank_for_energy(s, energy))
+    root = s[:k].sqrt()
+    return Factors((root[:, None] * right[:k] @ down).to(kind), (up @ (left[:, :k] * root)).to(kind))
+
+
+def _mixtures(up: Tensor, down: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """X ``(R, R')`` and Y ``(R', R)`` that mix a product's R terms: ``U = up X``, ``Vᵀ = Y down``; and s.
+
+    ``upᵀ up = P Λ Pᵀ``, so ``up = Q C`` with ``C = √Λ Pᵀ`` and Q orthonormal. Then ``(up down)(up down)ᵀ =
+    Q (C down downᵀ Cᵀ) Qᵀ``, and E, the eigenvectors of the R x R matrix in the middle, give ``U = Q E`` and
+    ``Vᵀ = S⁻¹ Eᵀ C down``: O((d_in + d_out) R²), where the SVD of the product is O(d_in d_out min(d_in, d_out)).
+    In float64, whose squares hold all that float32 holds; each term is balanced first, so that none is lost in them.
+    """
+    balance = (down.norm(dim=1) / up.norm(dim=0)).sqrt()
+    balance = torch.where(balance.isfinite() & (balance > 0), balance, 1.0)
+    up, down = up * balance, down / balance[:, None]
+    eigenvalues, p = _spectrum(up.T @ up)
+    core = eigenvalues.sqrt()[:, None] * p.T
+    squares, e = _spectrum(core @ (down @ down.T) @ core.T)
+    s = squares.sqrt()
+    left, right = p @ (e / eigenvalues.sqrt()[:, None]), (e.T @ core) / s[:, None]
+    return balance[:, None] * left, s, right / balance
+
+
+def _spectrum(gram: Tensor) -> tuple[Tensor, Tensor]:
+    """Eigenvalues, descending, and eigenvectors of a positive semidefinite matrix, without what is noise."""
+    values, vectors = torch.linalg.eigh(gram)
+    kept = max(1, int((values > _NOISE * values[-1]).sum())) if len(values) else 0
+    values, vectors = values.flip(0)[:kept], vectors.flip(1)[:, :kept]
+    return values.clamp(min=torch.finfo(values.dtype).tiny), vectors
 
 
 def canonical(factors: Factors) -> Factors:

@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 import torch
@@ -83,18 +84,18 @@ def train_part(
 
 
 def loss_on(model: PreTrainedModel, stream: np.ndarray, sequence_length: int, device: str = "auto") -> float:
-    """Mean cross-entropy in nats per token over a stream (`negative_log_likelihood`)."""
-    nats, tokens = negative_log_likelihood(placed(model, device), stream, sequence_length)
+    """Mean cross-entropy in nats per token over a stream (`negative_log_likelihood`), in fp32 on any device."""
+    nats, tokens = negative_log_likelihood(placed(model, device, "fp32"), stream, sequence_length)
     return nats / tokens
 
 
-def placed(model: PreTrainedModel, device: str) -> Network:
+def placed(model: PreTrainedModel, device: str, precision: Literal["auto", "fp32"] = "auto") -> Network:
     """The model where it computes; only what requires a gradient becomes part of the flat vector.
 
     Raises:
         RecipeError: The device does not exist.
     """
-    return place(model, Compute(device=device))
+    return place(model, Compute(device=device, precision=precision))
 
 
 @contextmanager

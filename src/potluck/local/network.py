@@ -6,6 +6,8 @@ import os
 import warnings
 from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -13,7 +15,7 @@ from torch.nn import functional
 from transformers import PreTrainedModel
 
 from potluck.errors import RecipeError
-from potluck.models.flat import FlatParameters, flatten
+from potluck.models.flat import FlatParameters, flatten, frozen_hash
 from potluck.recipe.schema import Compute
 
 
@@ -29,6 +31,13 @@ class Network:
     flat: FlatParameters
     device: torch.device
     autocast: bool
+
+    @cached_property
+    def layout(self) -> list[list[Any]]:
+        """What must be the same wherever the flat vector is to mean the same: its manifest, and what is frozen."""
+        learns: list[list[Any]] = [[entry.name, list(entry.shape)] for entry in self.flat.manifest]
+        frozen = frozen_hash(self.model)
+        return [*learns, ["frozen", frozen]] if frozen else learns
 
     def precision(self) -> AbstractContextManager[object]:
         """Context of a forward pass."""

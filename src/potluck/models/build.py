@@ -18,6 +18,7 @@ from transformers import (
 from transformers.utils import logging
 
 from potluck.errors import ModelError
+from potluck.models.own import register
 from potluck.models.shapes import folder_config, shape_of
 from potluck.recipe.schema import Model, ModelFolder, Shape
 
@@ -51,7 +52,7 @@ def load_folder(folder: Path) -> PreTrainedModel:
     Raises:
         ModelError: It cannot be loaded, or its weights are not finite.
     """
-    folder_config(folder)
+    register(folder_config(folder).get("model_type"))
     try:
         model = AutoModelForCausalLM.from_pretrained(
             folder,

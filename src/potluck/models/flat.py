@@ -62,6 +62,16 @@ def flatten(model: nn.Module, device: torch.device) -> FlatParameters:
     return FlatParameters(vector, tuple(manifest), tuple(p for _, p in named))
 
 
+def frozen_hash(model: nn.Module) -> str:
+    """SHA-256 over names, shapes and values of the parameters that do not learn; empty if all do."""
+    frozen = [(name, p.detach()) for name, p in model.named_parameters() if not p.requires_grad]
+    digest = hashlib.sha256()
+    for name, parameter in sorted(frozen, key=lambda item: item[0]):
+        digest.update(f"{name} {tuple(parameter.shape)}\n".encode())
+        digest.update(parameter.float().contiguous().cpu().numpy().data)
+    return digest.hexdigest() if frozen else ""
+
+
 def state_hash(vector: Tensor) -> str:
     """SHA-256 of a flat vector's bytes: with its revision it names a shared state."""
     return hashlib.sha256(vector.detach().cpu().numpy().data).hexdigest()

@@ -21,6 +21,8 @@ PRESETS: dict[str, Shape] = {
 
 Shapes = tuple[tuple[str, tuple[int, ...]], ...]
 _MAX_HEADER_BYTES = 100 << 20
+# Of our own kinds of model that are frozen but for a part: how the names of what learns begin.
+_LEARNS = {"potluck_fused": "fusion."}
 
 
 def shape_of(model: Model) -> Shape | None:
@@ -35,9 +37,10 @@ def shape_of(model: Model) -> Shape | None:
 
 
 def parameter_shapes(model: Model, vocabulary_size: int) -> Shapes:
-    """Name and shape of every parameter, tied ones once, in the order of the flat vector (`potluck.models.flat`).
+    """Name and shape of every parameter that learns, tied ones once, in the order of the flat vector.
 
-    A model folder's come in the order in which they are stored: sizes are exact, places in the vector are not.
+    A model folder's come in the order in which they are stored: sizes are exact, places in the vector
+    (`potluck.models.flat`) are not.
 
     Raises:
         ModelError: A model folder is missing or holds no safetensors.
@@ -45,7 +48,7 @@ def parameter_shapes(model: Model, vocabulary_size: int) -> Shapes:
     shape = shape_of(model)
     if shape is None:
         assert isinstance(model, ModelFolder)
-        return _stored_shapes(Path(model.path))
+        return _stored_shapes(Path(model.path))[0]
     embeddings, width = (vocabulary_size, shape.width), shape.width
     layers = ((f"model.layers.{i}.{name}", form) for i in range(shape.layers) for name, form in _layer_shapes(shape))
     head = () if shape.tied else (("lm_head.weight", embeddings),)
@@ -53,8 +56,15 @@ def parameter_shapes(model: Model, vocabulary_size: int) -> Shapes:
 
 
 def parameter_count(model: Model, vocabulary_size: int) -> int:
-    """Parameters of the model, tied ones once; errors as ``parameter_shapes``."""
+    """Parameters of the model that learn, tied ones once; errors as ``parameter_shapes``."""
     return sum(math.prod(shape) for _, shape in parameter_shapes(model, vocabulary_size))
+
+
+def frozen_count(model: Model) -> int:
+    """Parameters of the model that do not learn; errors as ``parameter_shapes``."""
+    if not isinstance(model, ModelFolder):
+        return 0
+    return sum(math.prod(shape) for _, shape in _stored_shapes(Path(model.path))[1])
 
 
 def context_length(model: Model) -> int:
@@ -111,8 +121,11 @@ def _layer_shapes(shape: Shape) -> Shapes:
     )
 
 
-def _stored_shapes(folder: Path) -> Shapes:
-    """What the headers of the folder's safetensors files say; a head that is tied to the embedding is left out."""
+def _stored_shapes(folder: Path) -> tuple[Shapes, Shapes]:
+    """What learns and what is frozen, by the headers of the folder's safetensors files.
+
+    A head that is tied to the embedding is left out.
+    """
     files = sorted(folder.glob("*.safetensors"))
     if not files:
         raise ModelError(
@@ -129,6 +142,9 @@ def _stored_shapes(folder: Path) -> Shapes:
                 stored |= {name: tuple(t["shape"]) for name, t in header.items() if name != "__metadata__"}
             except (ValueError, KeyError, TypeError) as error:
                 raise ModelError(f"{path}: not a safetensors file ({error})") from None
-    if folder_config(folder).get("tie_word_embeddings"):
+    config = folder_config(folder)
+    if config.get("tie_word_embeddings"):
         stored.pop("lm_head.weight", None)
-    return tuple(stored.items())
+    begins = _LEARNS.get(str(config.get("model_type")), "")
+    learns = {name: shape for name, shape in stored.items() if name.startswith(begins)}
+    return tuple(learns.items()), tuple((name, shape) for name, shape in stored.items() if name not in learns)

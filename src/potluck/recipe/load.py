@@ -19,7 +19,7 @@ from potluck.recipe.schema import Recipe
 
 # A table of alternatives is replaced as a whole: half a model folder and half a preset mean nothing.
 _WHOLE_TABLES = {"source", "model", "split"}
-_PATH_KEYS = {"path", "jsonl", "file"}
+_PATH_KEYS = {"path", "jsonl", "file", "predicts_with"}
 
 
 def load_recipe(path: str | Path, settings: Sequence[str] = ()) -> Recipe:

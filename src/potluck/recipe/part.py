@@ -7,14 +7,14 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import ValidationError
+from pydantic import ValidationError, model_validator
 
 from potluck.errors import RecipeError
 from potluck.recipe.load import absolute_paths, explain
 from potluck.recipe.sources import Source
 from potluck.recipe.table import Table, setting
 
-Kind = Literal["train", "stream", "eager", "evaluate", "words"]
+Kind = Literal["train", "stream", "eager", "evaluate", "words", "predict"]
 
 
 class Policy(Table):
@@ -22,7 +22,8 @@ class Policy(Table):
 
     kinds: tuple[Kind, ...] = setting(
         ("train", "stream", "eager", "evaluate"),
-        "Kinds of tasks. `words` gives away how often each word stands in the text; a trained tokenizer needs it.",
+        "Kinds of tasks. `words` gives away how often each word stands in the text; a trained tokenizer needs it. "
+        "`predict` lets others ask the model `predicts_with`; whoever asks enough can learn what it knows.",
     )
     max_local_steps: int = setting(10_000, "Local steps in one task, at most.", unit="local steps", ge=1)
     max_bytes: int = setting(16 << 30, "Tensors of one message, either way, at most.", unit="bytes", ge=1)
@@ -37,11 +38,21 @@ class Part(Table):
 
     source: Source = setting(..., "Its text.")
     model: str | None = setting(
-        None, "Its own copy of the model folder, if the recipe goes on from one; only its shape is used."
+        None,
+        "Its own copy of the model folder, if the recipe goes on from one: its shape counts, and what is frozen in it.",
+    )
+    predicts_with: str | None = setting(
+        None, "Its own model folder, with the run's tokenizer: what answers tasks of kind `predict`."
     )
     device: str = setting("auto", "`auto`, `cpu`, `cuda` or `cuda:N`.", pattern=r"^(auto|cpu|cuda(:[0-9]+)?)$")
     threads: int = setting(0, "CPU threads; 0 leaves the choice to torch.", unit="threads", ge=0)
     policy: Policy = setting(Policy(), "What the coordinator may ask.")
+
+    @model_validator(mode="after")
+    def _predicts(self) -> Part:
+        if (self.predicts_with is None) == ("predict" in self.policy.kinds):
+            raise ValueError("to answer `predict`, set predicts_with and allow it in policy.kinds: one needs the other")
+        return self
 
 
 def load_part(path: Path | None, changes: Mapping[str, Any], policy: Mapping[str, Any], allow: Sequence[str]) -> Part:

@@ -19,23 +19,28 @@ _VARIANTS = {
 }
 
 
-def model_card(record: RunRecord, recipe_toml: str, base_model: str | None = None) -> str:
+def model_card(
+    record: RunRecord, recipe_toml: str, base_model: str | None = None, frozen: int = 0, ours: bool = False
+) -> str:
     """README.md for the exported folder of a run.
 
     Args:
         record: The run, from `read_run`.
         recipe_toml: The resolved recipe.
         base_model: Name of the model that training started from, if it did not start at random.
+        frozen: Parameters of the model that were not trained.
+        ours: It is of a class of ours (`potluck.models.own`), which transformers must be told of.
     """
     how = _VARIANTS.get(record.variant, record.variant).format(count=len(record.trainers))
     sections = [
         _front_matter(base_model),
         f"# {one_line(record.name)}",
-        f"A causal language model of {count_text(record.parameters)} parameters, {how}, with "
-        f"potluck {record.potluck}. It was trained on {count_text(record.total_tokens)} tokens in "
+        f"A causal language model of {count_text(record.parameters)} parameters"
+        + (f" beside {count_text(frozen)} frozen ones" if frozen else "")
+        + f", {how}, with potluck {record.potluck}. It was trained on {count_text(record.total_tokens)} tokens in "
         f"{len(record.rounds)} of {record.planned_rounds} rounds"
         + (f" and started from {one_line(base_model)}." if base_model else "."),
-        _load(),
+        _load(ours),
         _participants(record),
         _held_out(record),
         _limits(record, recipe_toml),
@@ -50,9 +55,12 @@ def _front_matter(base_model: str | None) -> str:
     return f"---\nlibrary_name: transformers\npipeline_tag: text-generation\n{base}tags:\n- potluck\n- federated\n---"
 
 
-def _load() -> str:
+def _load(ours: bool) -> str:
+    begin = "from transformers import AutoModelForCausalLM, AutoTokenizer\n\n"
+    if ours:
+        begin = f"from potluck.models.own import register\n{begin}register()\n"
     return (
-        "## Use\n\n```python\nfrom transformers import AutoModelForCausalLM, AutoTokenizer\n\n"
+        f"## Use\n\n```python\n{begin}"
         'folder = "."  # this folder, or its name on the hub\n'
         "tokenizer = AutoTokenizer.from_pretrained(folder)\n"
         "model = AutoModelForCausalLM.from_pretrained(folder)\n"

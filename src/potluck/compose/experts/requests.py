@@ -1,0 +1,256 @@
+"""What `potluck expert` is asked for: from folders to folders."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any, Literal
+
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from transformers import AutoTokenizer, FlexOlmoForCausalLM, PreTrainedModel
+
+from potluck.compose.adapter import save_adapter
+from potluck.compose.base import Base, load_base, texts_of, token_stream
+from potluck.compose.experts import flex_olmo
+from potluck.compose.experts.assembly import assembled, router_parameters, tune_router, without
+from potluck.compose.experts.parts import load_expert, save_expert, stream_hash
+from potluck.compose.experts.training import train_expert
+from potluck.compose.lora import train_adapter
+from potluck.compose.merging.models import appearing
+from potluck.compose.training import Lesson
+from potluck.errors import ModelError, RecipeError
+from potluck.files import storing, write_text
+from potluck.models.mixture import MixtureForCausalLM
+from potluck.models.shapes import context_length
+from potluck.recipe.schema import ModelFolder
+
+RECORD_FILE = "experts.json"
+UNTUNED_FILE = "untuned_router.safetensors"
+_RANK = 8
+PartKind = Literal["adapter", "low-rank", "full"]
+Form = Literal["mixture", "flex-olmo"]
+Step = Callable[[int], None]
+
+
+@dataclass(frozen=True)
+class Mixed:
+    """How experts are put together.
+
+    Attributes:
+        form: ``mixture``, `MixtureForCausalLM`; or ``flex-olmo``, `FlexOlmoForCausalLM`.
+        experts_per_token: As many at most, beside the anchor.
+        bias: Of every expert, not above 0.
+        router_steps: Of tuning the router on public text.
+        seed: Of tuning.
+    """
+
+    form: Form = "mixture"
+    experts_per_token: int = 4
+    bias: float = 0.0
+    router_steps: int = 0
+    seed: int = 0
+
+    def lesson(self, device: str, length: int) -> Lesson:
+        """How the router is tuned; it is the same whenever it is done again."""
+        return Lesson(self.router_steps, 8, min(128, length), 2e-3, self.seed, device)
+
+
+def train(
+    base_folder: Path,
+    data: Path,
+    out: Path,
+    kind: PartKind,
+    lesson: Lesson,
+    *,
+    rank: int | None = None,
+    public: Path | None = None,
+    on_step: Step = lambda step: None,
+) -> dict[str, Any]:
+    """Train one participant's part, an adapter or an expert, and write its folder; the folder's name is its own.
+
+    Raises:
+        RecipeError: An option has no effect on this kind of part, or one is missing.
+        ModelError: The base cannot be used.
+        CorpusError: A text is missing or too short.
+        StorageError: There is something at ``out``, or it cannot be written.
+    """
+    if kind == "full" and rank is not None:
+        raise RecipeError("--rank has no effect on --as full", "leave it out, or choose --as low-rank")
+    if kind == "adapter" and public is not None:
+        raise RecipeError("--public has no effect on --as adapter", "leave it out")
+    if kind != "adapter" and public is None:
+        hint = "name public text, the same for everybody: the router holds this participant's text against it"
+        raise RecipeError(f"--as {kind} needs --public", hint)
+    base = load_base(base_folder)
+    _check_length(base_folder, lesson)
+    own = token_stream(texts_of(data), base.vocabulary)
+    with appearing(out) as folder:
+        if public is None:
+            adapter = train_adapter(base, [own], lesson, rank or _RANK, on_step=on_step)
+            save_adapter(adapter, folder)
+            return {"adapter": str(out), "rank": adapter.rank, "parameters": adapter.parameters}
+        known = token_stream(texts_of(public), base.vocabulary)
+        ranked = None if kind == "full" else rank or _RANK
+        expert = train_expert(base, own, known, lesson, out.name, ranked, on_step)
+        save_expert(expert, folder)
+    return {"expert": str(out), "kind": kind, "rank": expert.rank, "parameters": expert.parameters, **expert.about}
+
+
+def assemble(
+    base_folder: Path,
+    parts: Sequence[Path],
+    out: Path,
+    how: Mixed,
+    public: Path | None = None,
+    device: str = "auto",
+) -> dict[str, Any]:
+    """Write a model of a base and its experts.
+
+    Raises:
+        RecipeError: An option has no effect, or one is missing.
+        ModelError: The experts do not go together, or not with this base in this form.
+        StorageError: There is something at ``out``, or it cannot be written.
+    """
+    _check(how, public)
+    base = load_base(base_folder)
+    experts = [load_expert(part) for part in parts]
+    lesson = how.lesson(device, context_length(ModelFolder(path=str(base_folder))))
+    known = None if public is None else token_stream(texts_of(public), base.vocabulary)
+    record: dict[str, Any] = {
+        "base_hash": base.content_hash,
+        "how": asdict(how),
+        "public_hash": stream_hash(known) if known is not None and how.router_steps else None,
+        "experts": [expert.facts for expert in experts],
+    }
+    with appearing(out) as folder:
+        model: PreTrainedModel
+        if how.form == "mixture":
+            model = assembled(base, experts, how.experts_per_token, how.bias)
+        else:
+            assert known is not None
+            model = flex_olmo.exported(base, experts, known, lesson, how.experts_per_token)
+        if how.router_steps:
+            assert known is not None
+            _keep_untuned(model, folder)
+            tune_router(model, known, lesson)
+        _write(model, base_folder, folder, record)
+    return {"model": str(out), "form": how.form, "experts": [expert.name for expert in experts], **_size(model)}
+
+
+def remove(
+    model_folder: Path, name: str, out: Path, public: Path | None = None, *, untuned: bool = False, device: str = "auto"
+) -> dict[str, Any]:
+    """Write the model that `assemble` would have written without this expert, bit for bit.
+
+    A router that was tuned beside the expert has learned of it. It is put back to what it was, and tuned anew on the
+    same public text, or left untuned.
+
+    Args:
+        public: The text that the router was tuned on.
+        untuned: Leave the router as it was before it was tuned.
+
+    Raises:
+        ModelError: There is no such expert, or no other, or the folder is no mixture.
+        RecipeError: The router was tuned and neither is given, or an option has no effect.
+        StorageError: There is something at ``out``, or it cannot be written.
+    """
+    record = _record(model_folder)
+    how = Mixed(**record["how"])
+    _check_leaving(how, public, untuned)
+    base = load_base(model_folder)
+    left = _left(base, record, name, _untuned(model_folder) if how.router_steps else {})
+    record["experts"] = [facts for facts in record["experts"] if facts["name"] != name]
+    if untuned:
+        record |= {"how": asdict(replace(how, router_steps=0, seed=0)), "public_hash": None}
+    with appearing(out) as folder:
+        if public is not None:
+            known = token_stream(texts_of(public), base.vocabulary)
+            if stream_hash(known) != record["public_hash"]:
+                raise ModelError(f"{public}: not the text that {model_folder} was tuned on", "or leave it --untuned")
+            _keep_untuned(left, folder)
+            tune_router(left, known, how.lesson(device, context_length(ModelFolder(path=str(model_folder)))))
+        _write(left, model_folder, folder, record)
+    return {"model": str(out), "form": how.form, "experts": [f["name"] for f in record["experts"]], **_size(left)}
+
+
+def _check(how: Mixed, public: Path | None) -> None:
+    if how.form == "flex-olmo" and public is None:
+        raise RecipeError("--as flex-olmo needs --public", "its router's rows are held against public text")
+    if how.form == "flex-olmo" and how.bias:
+        raise RecipeError("--bias cannot be expressed in FlexOlmo, whose router has none", "leave out --as")
+    if how.form == "mixture" and bool(public) != bool(how.router_steps):
+        raise RecipeError("--public and --router-steps tune the router together", "give both, or neither")
+    if how.seed and not how.router_steps:
+        raise RecipeError("--seed has no effect without --router-steps")
+
+
+def _check_leaving(how: Mixed, public: Path | None, untuned: bool) -> None:
+    if not how.router_steps and (public or untuned):
+        raise RecipeError("--public and --untuned have no effect: the router was not tuned", "leave them out")
+    if how.router_steps and bool(public) == untuned:
+        hint = "name the same text with --public to tune it anew, or give --untuned to go without"
+        raise RecipeError("the router was tuned beside the expert, and has learned of it", hint)
+
+
+def _check_length(base_folder: Path, lesson: Lesson) -> None:
+    context = context_length(ModelFolder(path=str(base_folder)))
+    if lesson.sequence_length > context:
+        raise RecipeError(f"--sequence-length {lesson.sequence_length}: the base's context is {context} tokens")
+
+
+def _left(base: Base, record: Mapping[str, Any], name: str, rows: Mapping[str, Any]) -> PreTrainedModel:
+    """The loaded mixture without an expert, its router as before tuning."""
+    model, how = base.model, Mixed(**record["how"])
+    if not isinstance(model, MixtureForCausalLM | FlexOlmoForCausalLM):
+        raise ModelError(f"{base.place}: not a mixture of experts")
+    for place, parameter in router_parameters(model).items():
+        if rows:
+            if place not in rows or rows[place].shape != parameter.shape:
+                raise ModelError(f"{base.place}/{UNTUNED_FILE}: does not fit the model", "is it damaged?")
+            parameter.data.copy_(rows[place])
+    if isinstance(model, MixtureForCausalLM):
+        return without(model, name)
+    return flex_olmo.without(model, name, [facts["name"] for facts in record["experts"]], how.experts_per_token)
+
+
+def _write(model: PreTrainedModel, tokenizer_from: Path, folder: Path, record: Mapping[str, Any]) -> None:
+    with storing(folder):
+        model.save_pretrained(folder)
+        tokenizer = AutoTokenizer.from_pretrained(tokenizer_from, local_files_only=True, trust_remote_code=False)
+        tokenizer.save_pretrained(folder)
+        write_text(folder / RECORD_FILE, json.dumps(record, indent=1))
+
+
+def _keep_untuned(model: PreTrainedModel, folder: Path) -> None:
+    rows = {name: parameter.detach().cpu().clone() for name, parameter in router_parameters(model).items()}
+    with storing(folder):
+        save_file(rows, folder / UNTUNED_FILE)
+
+
+def _untuned(folder: Path) -> dict[str, Any]:
+    try:
+        return dict(load_file(folder / UNTUNED_FILE))
+    except (OSError, SafetensorError) as error:
+        raise ModelError(f"{folder}/{UNTUNED_FILE}: cannot be read ({error})") from None
+
+
+def _record(folder: Path) -> dict[str, Any]:
+    try:
+        table = json.loads((folder / RECORD_FILE).read_text(encoding="utf-8"))
+        how = Mixed(**table["how"])
+        numbers = (how.experts_per_token, how.router_steps, how.seed)
+        if not all(isinstance(number, int) for number in numbers) or how.experts_per_token < 1:
+            raise ValueError("how they were put together is not said")
+        if not all(isinstance(facts["name"], str) for facts in table["experts"]):
+            raise ValueError("an expert has no name")
+        return dict(table)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        hint = "name a folder that `potluck expert assemble` wrote"
+        raise ModelError(f"{folder}: no record of its experts ({error})", hint) from None
+
+
+def _size(model: PreTrainedModel) -> dict[str, int]:
+    return {"parameters": sum(parameter.numel() for parameter in model.parameters())}

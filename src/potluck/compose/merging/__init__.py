@@ -1,0 +1,1 @@
+"""Merging in weight space: several parts trained apart become one of the same shape."""
