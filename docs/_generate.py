@@ -84,7 +84,7 @@ def toml(value: Any) -> str:
 def cli_page() -> str:
     """Every verb with its arguments and options."""
     parts = []
-    for name, verb in get_command(app).commands.items():
+    for name, verb in leaves(get_command(app)):
         arguments, rows = [p.metavar for p in verb.params if p.name in p.opts], []
         for p in verb.params:
             names = [p.metavar] if p.name in p.opts else [*p.opts, *p.secondary_opts]
@@ -95,6 +95,15 @@ def cli_page() -> str:
         table = grid(("argument or option", "type", "default", "meaning"), rows)
         parts.append(f"## potluck {' '.join([name, *arguments])}\n\n{verb.help}\n\n{table}")
     return page("_cli_head.md", parts)
+
+
+def leaves(group: Any, before: str = "") -> Iterator[tuple[str, Any]]:
+    """Every verb that does something, `library add` after `library`'s place, with its whole name."""
+    for name, verb in group.commands.items():
+        if hasattr(verb, "commands"):
+            yield from leaves(verb, f"{before}{name} ")
+        else:
+            yield before + name, verb
 
 
 def grid(head: Iterable[object], rows: Iterable[Iterable[object]]) -> str:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -12,7 +11,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from potluck.compose.adapter import Adapter, Factors
 from potluck.compose.lora import attached, linear_maps, sizes
-from potluck.compose.routing.evidence import Evidence, by_evidence, load_profile, save_profile, token_profile
+from potluck.compose.routing.evidence import Evidence, by_evidence, profile_bytes, read_profile, token_profile
 from potluck.errors import ModelError, PotluckError, RecipeError
 
 VOCABULARY = 40
@@ -125,13 +124,15 @@ def test_afterwards_the_model_is_what_it_was(
     assert not model._forward_pre_hooks
 
 
-def test_a_profile_is_saved_and_checked(tmp_path: Path, profiles: dict[str, torch.Tensor]) -> None:
-    save_profile(profiles["ada"], tmp_path)
-    torch.testing.assert_close(load_profile(tmp_path, VOCABULARY), profiles["ada"], rtol=1e-3, atol=1e-3)
-    with pytest.raises(ModelError, match="not a profile over 41 tokens"):
-        load_profile(tmp_path, VOCABULARY + 1)
-    with pytest.raises(ModelError, match="no usable profile"):
-        load_profile(tmp_path / "none", VOCABULARY)
+def test_a_profile_is_sent_and_checked(profiles: dict[str, torch.Tensor]) -> None:
+    sent = profile_bytes(profiles["ada"])
+    torch.testing.assert_close(read_profile(sent, "ada", VOCABULARY), profiles["ada"], rtol=1e-3, atol=1e-3)
+    with pytest.raises(ModelError, match="ada: not a profile over 41 tokens"):
+        read_profile(sent, "ada", VOCABULARY + 1)
+    with pytest.raises(ModelError, match="ada: not a profile"):
+        read_profile(profile_bytes(profiles["ada"] / 0), "ada", VOCABULARY)
+    with pytest.raises(ModelError, match="ada: no usable profile"):
+        read_profile(sent[:-9], "ada", VOCABULARY)
 
 
 @pytest.mark.parametrize(

@@ -7,6 +7,7 @@ import os
 import re
 import shutil
 import signal
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -232,6 +233,15 @@ def test_what_is_damaged_is_left_out(
     again = somewhere.open()
     assert [card.name for card in again.cards()] == ["bob"]
     assert re.search(says, again.damaged["ada"])
+    points = torch.ones(1, len(library.yardstick.directions))
+    anew = card_of("ada", tmp_path / "ada", base, Specification(points, torch.ones(1), library.yardstick.content_hash))
+    with pytest.raises(ModelError, match=says) as caught:
+        add_entry(again, *anew)
+    assert "--replace" in caught.value.hint and add_entry(again, *anew, replace=True) == "replaced"
+    assert [card.name for card in somewhere.open().cards()] == ["ada", "bob"] and again.damaged == {}
+    spoil(somewhere.files / anew[0].home, card)
+    remove_entry(somewhere.open(), "ada")
+    assert not (somewhere.files / "entries/ada").exists() or not list((somewhere.files / "entries/ada").rglob("*.*"))
 
 
 def test_damaged_weights_are_found_when_fetched(somewhere: Somewhere, base: Base, tmp_path: Path) -> None:
@@ -331,7 +341,7 @@ def test_killed_anywhere_the_library_is_whole(begun: Path, base: Base, tmp_path:
     again = open_library(str(place))
     assert again.cards() == [old[0] if writes < 4 else new[0]] and again.damaged == {}
     assert adapter_of(again, "ada").rank == 2
-    assert add_entry(again, *new, replace=True) == ("replaced" if writes < 4 else "unchanged")
+    assert add_entry(again, *new, replace=True) == "replaced" and again.cards() == [new[0]]
 
 
 # --- what is refused -----------------------------------------------------------------------------
@@ -344,6 +354,8 @@ def test_what_does_not_fit_is_not_offered(base: Base, begun: Path, tmp_path: Pat
     for name in ("", "a/b", "..", "x" * 65):
         with pytest.raises(RecipeError, match=f"name '{re.escape(name)}'"):
             card_of(name, folder, base, specification)
+    with pytest.raises(RecipeError, match="who "):
+        card_of("ada", folder, base, specification, who="\x1b[2J")
     (folder / "potluck.json").write_text(json.dumps({"base_hash": "f" * 64}))
     with pytest.raises(ModelError, match="trained on other weights"):
         card_of("ada", folder, base, specification)
@@ -366,7 +378,10 @@ def test_what_is_no_library(tmp_path: Path, s3: Path, monkeypatch: pytest.Monkey
     with pytest.raises(RecipeError, match="holds credentials") as caught:
         open_library(f"s3://me:{SECRET}@bucket")
     assert SECRET not in str(caught.value)
-    monkeypatch.setitem(__import__("sys").modules, "obstore.store", None)
+    monkeypatch.delenv("AWS_ACCESS_KEY_ID")
+    with pytest.raises(StorageError, match="no credentials in the environment"):
+        open_library("s3://bucket")
+    monkeypatch.setitem(sys.modules, "obstore.store", None)
     with pytest.raises(MissingExtra):
         open_library("s3://bucket")
 
@@ -450,13 +465,29 @@ def test_cluster_and_merge(potluck: Potluck, at: Path) -> None:
 
 def test_route_measures_both(potluck: Potluck, at: Path, base_folder: Path, texts: Path) -> None:
     words = ("library", "route", at / "library", "--base", base_folder, "--data", texts / "ada")
-    found = potluck(*words, "--top-k", 2, "--json").result
+    arrow = (*words, "--by", "arrow")
+    found = potluck(*arrow, "--top-k", 2, "--json").result
     assert sum(found["shares"].values()) == pytest.approx(1) and set(found["shares"]) == {"ada", "bob", "eve"}
     assert found["base_nats"] > 0 and found["routed_nats"] != found["base_nats"]
-    alone = potluck(*words, "--nearest", 1, "--json").result
-    assert (alone["shares"], alone["top_k"]) == ({"ada": 1.0}, 1)
+    assert potluck(*arrow, "--nearest", 1, "--json").result["shares"] == {"ada": 1.0}
+    assert "top_k = 4 of 3" in potluck(*arrow, "--top-k", 4, code=3).err
+    assert "share" in potluck(*arrow).out
+    assert "has no profile" in potluck(*words, code=5).err
+    assert "--temperature has no effect" in potluck(*words, "--temperature", 2, code=3).err
+
+
+def test_profiles_are_given_away_only_if_asked_and_route_by_evidence(
+    potluck: Potluck, at: Path, base_folder: Path, texts: Path
+) -> None:
+    for name in ("ada", "bob", "eve"):
+        words = ("library", "add", at / "library", at / "adapters" / name, "--base", base_folder, "--replace")
+        done = potluck(*words, "--data", texts / name, "--public", texts, "--json").result
+        assert (done["outcome"], done["profile_bytes"] > 600) == ("replaced", True)
+    words = ("library", "route", at / "library", "--base", base_folder, "--data", texts / "bob")
+    found = potluck(*words, "--json").result
+    assert next(iter(found["shares"])) == "bob" and found["shares"]["bob"] > 0.5
+    assert sum(found["shares"].values()) < 1  # what is missing is the base's
     assert "top_k = 4 of 3" in potluck(*words, "--top-k", 4, code=3).err
-    assert "share of choices" in potluck(*words).out
 
 
 def test_a_registry_elsewhere(potluck: Potluck, at: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -7,11 +7,15 @@ from typing import Annotated, Any
 
 import typer
 
+from potluck.cli.decoding import defer
+from potluck.cli.experts import expert
 from potluck.cli.library import library
 from potluck.cli.options import JsonOption, print_result
 
 verbs = typer.Typer()
 verbs.add_typer(library, name="library")
+verbs.add_typer(expert, name="expert")
+expert.command("defer")(defer)
 
 
 def _panel(title: str, text: str, *names: str, **more: Any) -> Any:
@@ -96,3 +100,24 @@ def numbers(text: str, option: str) -> list[float]:
         return [float(number) for number in text.split(",")]
     except ValueError:
         raise typer.BadParameter(f"{text}: write numbers with commas between them", param_hint=option) from None
+
+
+@expert.command("fuse")
+def fuse(
+    models: Annotated[list[str], typer.Argument(metavar="[NAME=]MODEL...", help="Model folders of one vocabulary.")],
+    out: NewFolderOption,
+    primary: Annotated[str | None, typer.Option(help="Whose model it begins as; the first if left out.")] = None,
+    width: Annotated[int, typer.Option(min=1, help="Common width of what the head compares.")] = 32,
+    seed: Annotated[int, typer.Option(min=0, help="Of the head's first projections.")] = 0,
+    as_json: JsonOption = False,
+) -> None:
+    """Put frozen models of any shape into one, whose small head `potluck train` can train."""
+    from potluck.compose.fusion import fuse_models
+
+    folders = [Path(model.partition("=")[2] or model) for model in models]
+    names = [model.partition("=")[0] if "=" in model else Path(model).name for model in models]
+    twice = next((name for name in names if names.count(name) > 1), None)
+    if twice is not None:
+        raise typer.BadParameter(f"two models are named {twice}: write NAME=MODEL", param_hint="MODEL")
+    named = dict(zip(names, folders, strict=True))
+    print_result(fuse_models(named, out, primary or names[0], width, seed), as_json)

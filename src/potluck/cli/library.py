@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -30,6 +31,13 @@ _FITS = {
 }
 
 
+class By(StrEnum):
+    """How tokens are routed."""
+
+    evidence = "evidence"
+    arrow = "arrow"
+
+
 @library.command()
 def add(
     place: LibraryArgument,
@@ -41,6 +49,10 @@ def add(
     licence: Annotated[str, typer.Option(help="What others may do with it.")] = "",
     spec_points: Annotated[int, typer.Option(min=1, max=100, help="Points of the specification, at most.")] = 100,
     noise: Annotated[float, typer.Option(min=0.0, max=1.0, help="Added to each coordinate of these points.")] = 0.0,
+    public: Annotated[
+        Path | None,
+        typer.Option(help="Public text, the same for all: give away how often tokens stand in yours."),
+    ] = None,
     registry: RegistryOption = "",
     replace: Annotated[bool, typer.Option("--replace", help="Take the place of another entry of this name.")] = False,
     as_json: JsonOption = False,
@@ -51,7 +63,7 @@ def add(
 
     offer = Offer(
         adapter=adapter, base=base, data=data, name=name, who=who, licence=licence, points=spec_points, noise=noise,
-        replace=replace,
+        public=public, replace=replace,
     )  # fmt: skip
     console = progress()
     with console.status("...") as status:
@@ -156,25 +168,30 @@ def route(
     place: LibraryArgument,
     base: BaseOption,
     data: TextOption,
+    by: Annotated[By, typer.Option(help="Ask the text so far whose it is, or (Arrow) every token at every map.")] = (
+        By.evidence
+    ),
     top_k: Annotated[
-        int | None, typer.Option(min=1, help="Adapters that a token goes through; 4, or all of fewer.")
+        int | None, typer.Option(min=1, help="Adapters that a token goes through; all, with Arrow 4.")
     ] = None,
-    temperature: Annotated[float, typer.Option(min=1e-6, help="The larger, the more alike their shares.")] = 1.0,
+    temperature: Annotated[
+        float | None, typer.Option(min=1e-6, help="Of Arrow: the larger, the more alike their shares; 1 if left out.")
+    ] = None,
     nearest: Annotated[
         int | None, typer.Option(min=1, help="Between so many entries, those nearest to the text.")
     ] = None,
     registry: RegistryOption = "",
     as_json: JsonOption = False,
 ) -> None:
-    """Measure a text with every token routed through the library's adapters (Arrow)."""
+    """Measure a text with every token routed through the library's adapters."""
     from potluck.compose.library.commands import Place, Routing
     from potluck.compose.library.commands import route as measure
 
-    found = measure(Place(place, registry), base, data, Routing(top_k, temperature, nearest))
+    found = measure(Place(place, registry), base, data, Routing(by.value, top_k, temperature, nearest))
     if as_json:
         print_json(found)
         return
-    _table([{"adapter": name, "share of choices": share} for name, share in found["shares"].items()])
+    _table([{"adapter": name, "share": share} for name, share in found["shares"].items()])
     _print({key: found[key] for key in ("tokens", "base_nats", "routed_nats")}, False)
     _warn_of_damaged(found)
 

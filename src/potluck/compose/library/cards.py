@@ -13,14 +13,17 @@ from potluck.compose.adapter import ABOUT_FILE, CONFIG_FILE, WEIGHTS_FILE, load_
 from potluck.compose.base import Base
 from potluck.compose.library.specification import Specification
 from potluck.compose.lora import check_fits
+from potluck.compose.routing.evidence import PROFILE_FILE
 from potluck.errors import ModelError, RecipeError
 
 SPECIFICATION_FILE = "specification.safetensors"
 NAME = r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}"
 MAX_FILE_BYTES = 4 << 30
 _NEEDED = frozenset({CONFIG_FILE, WEIGHTS_FILE, SPECIFICATION_FILE})
+_MORE = frozenset({ABOUT_FILE, PROFILE_FILE})
 _HASH = r"^[0-9a-f]{64}$"
 _HOME_DIGITS = 16
+_PLAIN = r"^[^\x00-\x1f\x7f-\x9f]*$"  # it is shown on terminals
 
 
 class FileFacts(BaseModel):
@@ -46,15 +49,15 @@ class Card(BaseModel):
     base_hash: str = Field(pattern=_HASH)
     rank: int = Field(ge=1)
     parameters: int = Field(ge=1)
-    who: str = Field(default="", max_length=200)
-    licence: str = Field(default="", max_length=200)
+    who: str = Field(default="", max_length=200, pattern=_PLAIN)
+    licence: str = Field(default="", max_length=200, pattern=_PLAIN)
     noise: float = Field(default=0.0, ge=0, allow_inf_nan=False)
     added: datetime
     files: dict[str, FileFacts]
 
     @model_validator(mode="after")
     def _names_the_files(self) -> Self:
-        if not _NEEDED <= self.files.keys() <= _NEEDED | {ABOUT_FILE}:
+        if not _NEEDED <= self.files.keys() <= _NEEDED | _MORE:
             raise ValueError(f"names the files {', '.join(sorted(self.files))}")
         return self
 
@@ -93,9 +96,18 @@ def read_card(content: str | bytes, what: str) -> Card:
 
 
 def card_of(
-    name: str, folder: Path, base: Base, specification: Specification, who: str = "", licence: str = ""
+    name: str,
+    folder: Path,
+    base: Base,
+    specification: Specification,
+    who: str = "",
+    licence: str = "",
+    profile: bytes | None = None,
 ) -> tuple[Card, dict[str, bytes]]:
     """The card of an adapter folder, and the files that it names.
+
+    Args:
+        profile: Of its text, for routing by evidence; given away only if it is given here.
 
     Raises:
         ModelError: The adapter cannot be used, or does not fit the base.
@@ -106,6 +118,8 @@ def card_of(
     if adapter.about.get("base_hash", base.content_hash) != base.content_hash:
         raise ModelError(f"{folder}: trained on other weights than {base.place}", "name the base it was trained on")
     contents = _contents(folder) | {SPECIFICATION_FILE: specification.to_bytes()}
+    if profile is not None:
+        contents[PROFILE_FILE] = profile
     files = {file: FileFacts(sha256=_sha256(content), bytes=len(content)) for file, content in contents.items()}
     try:
         card = Card(
@@ -127,7 +141,7 @@ def check_content(card: Card, file: str, content: bytes | None, what: str) -> by
     """
     if content is None or _sha256(content) != card.files[file].sha256:
         reason = "missing" if content is None else "not what its card says"
-        raise ModelError(f"{what}: {reason}: the entry is damaged", "its owner can add it again, with --replace")
+        raise ModelError(f"{what}: {reason}: the entry is damaged", "its owner can add it again, with `--replace`")
     return content
 
 

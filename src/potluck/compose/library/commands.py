@@ -6,9 +6,10 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import closing, contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
+from torch import Tensor
 
 from potluck.compose.adapter import Adapter, load_adapter, save_adapter
 from potluck.compose.base import Base, load_base, texts_of, token_stream
@@ -20,6 +21,7 @@ from potluck.compose.library.entries import (
     add_entry,
     fetch_entry,
     open_library,
+    profile_of,
     remove_entry,
 )
 from potluck.compose.library.search import closeness, index_of, mixture, nearest, verdict
@@ -28,6 +30,7 @@ from potluck.compose.merging.adapters import ADAPTER_METHODS, merge_adapters
 from potluck.compose.merging.models import appearing
 from potluck.compose.merging.request import chosen
 from potluck.compose.routing.arrow import Arrow, arrow, mean_shares
+from potluck.compose.routing.evidence import Evidence, by_evidence, profile_bytes, token_profile
 from potluck.compose.training import loss_on
 from potluck.errors import RecipeError, StorageError
 
@@ -55,6 +58,7 @@ class Offer:
         data: The text it was trained on; only the specification of it leaves this machine.
         points: Of the specification, at most.
         noise: Added to each coordinate of the specification's points.
+        public: Public text, the same for everybody: a profile of ``data`` against it goes into the library, too.
         replace: Take the place of another entry of this name.
     """
 
@@ -66,6 +70,7 @@ class Offer:
     licence: str = ""
     points: int = POINTS
     noise: float = 0.0
+    public: Path | None = None
     replace: bool = False
 
 
@@ -82,10 +87,15 @@ def add(place: Place, offer: Offer, progress: Progress) -> Result:
     progress("opening the library")
     with closing(open_library(place.library, place.registry, begun_with=base)) as library:
         progress("reading the text")
-        states = library.yardstick.measure(base, _stream(base, offer.data))
+        stream = _stream(base, offer.data)
+        states = library.yardstick.measure(base, stream)
         specification = specification_of(states, library.yardstick, points=offer.points, noise=offer.noise)
         name = offer.name or offer.adapter.resolve().name
-        card, contents = card_of(name, offer.adapter, base, specification, offer.who, offer.licence)
+        profile = None
+        if offer.public is not None:
+            public = _stream(base, offer.public)
+            profile = profile_bytes(token_profile(stream, public, base.model.config.vocab_size))
+        card, contents = card_of(name, offer.adapter, base, specification, offer.who, offer.licence, profile)
         outcome = add_entry(library, card, contents, offer.replace)
         return {
             "library": library.storage.place,
@@ -97,6 +107,7 @@ def add(place: Place, offer: Offer, progress: Progress) -> Result:
             "points": len(specification.weights),
             "noise": specification.noise,
             "specification_bytes": card.files[SPECIFICATION_FILE].bytes,
+            "profile_bytes": len(profile or b""),
             "damaged": library.damaged,
         }
 
@@ -222,13 +233,20 @@ class Routing:
     """How tokens are routed.
 
     Attributes:
-        top_k: Adapters of a token; if left out 4, or all if there are fewer.
+        by: ``evidence`` asks the text so far whose it is; ``arrow`` every token, at every linear map.
+        top_k: Adapters of a token; if left out all by evidence, and by Arrow 4, or all if there are fewer.
+        temperature: Of Arrow; 1 if left out.
         among: Only so many of the entries, those nearest to the text.
     """
 
+    by: Literal["evidence", "arrow"] = "evidence"
     top_k: int | None = None
-    temperature: float = 1.0
+    temperature: float | None = None
     among: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.by == "evidence" and self.temperature is not None:
+            raise RecipeError("--temperature has no effect by evidence", "it is Arrow's: add --by arrow")
 
 
 def route(place: Place, base_folder: Path, data: Path, routing: Routing) -> Result:
@@ -246,21 +264,33 @@ def route(place: Place, base_folder: Path, data: Path, routing: Routing) -> Resu
         states = library.yardstick.measure(base, stream)
         matches = nearest(index, states, routing.among or len(index.names))
         adapters = _adapters(library, [match.name for match in matches])
-    settings = Arrow(routing.top_k or min(_TOP_K, len(adapters)), routing.temperature)
+        size = base.model.config.vocab_size
+        profiles = {name: profile_of(library, name, size) for name in adapters} if routing.by == "evidence" else {}
     alone = loss_on(base.model, stream, _SEQUENCE)
-    with arrow(base.model, adapters, settings) as routed:
-        loss = loss_on(base.model, stream, _SEQUENCE)
-        shares = mean_shares(routed)
+    loss, shares = _routed(base, adapters, profiles, stream, routing)
     return {
         "library": library.storage.place,
         "tokens": len(stream) - 1,
         "base_nats": alone,
         "routed_nats": loss,
-        "top_k": settings.top_k,
-        "temperature": settings.temperature,
+        "by": routing.by,
         "shares": shares,
         "damaged": library.damaged,
     }
+
+
+def _routed(
+    base: Base, adapters: Mapping[str, Adapter], profiles: Mapping[str, Tensor], stream: np.ndarray, routing: Routing
+) -> tuple[float, dict[str, float]]:
+    """The loss, and each adapter's share, largest first."""
+    if routing.by == "evidence":
+        with by_evidence(base.model, adapters, profiles, Evidence(routing.top_k)) as posterior:
+            loss = loss_on(base.model, stream, _SEQUENCE)
+            given = zip(adapters, posterior.mean_shares(), strict=True)
+            return loss, dict(sorted(given, key=lambda pair: -pair[1]))
+    settings = Arrow(routing.top_k or min(_TOP_K, len(adapters)), routing.temperature or 1.0)
+    with arrow(base.model, adapters, settings) as routed:
+        return loss_on(base.model, stream, _SEQUENCE), mean_shares(routed)
 
 
 @contextmanager

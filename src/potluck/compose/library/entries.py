@@ -23,6 +23,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from torch import Tensor
+
 from potluck.compose.adapter import Adapter, load_adapter
 from potluck.compose.base import Base
 from potluck.compose.library.cards import NAME, SPECIFICATION_FILE, Card, check_content, read_card
@@ -31,6 +33,7 @@ from potluck.compose.library.specification import MAX_BYTES, Specification, read
 from potluck.compose.library.storage import Files, Storage, storage_at
 from potluck.compose.library.yardstick import Yardstick, read_yardstick, yardstick_of
 from potluck.compose.merging.models import appearing
+from potluck.compose.routing.evidence import PROFILE_FILE, read_profile
 from potluck.errors import ModelError, StorageError
 from potluck.files import storing
 
@@ -126,20 +129,24 @@ def add_entry(library: Library, card: Card, contents: Mapping[str, bytes], repla
 
     Args:
         card: With its contents, from `card_of`.
-        replace: Take the place of another entry of this name.
+        replace: Take the place of another entry of this name, or of a damaged one.
 
     Raises:
         StorageError: There is another entry of this name, or the library cannot be written.
+        ModelError: There is one, and it is damaged.
     """
-    storage, before = library.storage, _card(library.storage, card.name)
-    if before is None or (replace and not before.same(card)):
+    storage, damaged = library.storage, card.name in library.damaged
+    if damaged and not replace:
+        raise ModelError(library.damaged[card.name], "put this in its place with --replace")
+    before = None if damaged else _card(storage, card.name)
+    if before is None or replace:
         for file, content in contents.items():
             storage.write(f"{card.home}/{file}", content)
         if storage.write(_card_path(card.name), card.model_dump_json(indent=1).encode(), new=not replace):
             if before is not None and before.home != card.home:
                 _remove_files(storage, before)
             library.refresh()
-            return "added" if before is None else "replaced"
+            return "replaced" if before is not None or damaged else "added"
         before = _card(storage, card.name)  # somebody was faster
         if before is None or before.home != card.home:
             _remove_files(storage, card)
@@ -150,15 +157,16 @@ def add_entry(library: Library, card: Card, contents: Mapping[str, bytes], repla
 
 
 def remove_entry(library: Library, name: str) -> None:
-    """Take an entry out.
+    """Take an entry out, and whatever else lies under its name.
 
     Raises:
         StorageError: There is none, or the library cannot be written.
-        ModelError: Its card is damaged.
     """
-    card = known_card(library, name)
-    library.storage.remove(_card_path(name))
-    _remove_files(library.storage, card)
+    paths = library.storage.listed(f"entries/{name}") if re.fullmatch(NAME, name) else {}
+    if not paths:
+        raise _no_entry(library, name)
+    for path in sorted(paths, key=lambda path: path != _card_path(name)):  # the card first
+        library.storage.remove(path)
     library.refresh()
 
 
@@ -171,7 +179,7 @@ def known_card(library: Library, name: str) -> Card:
     """
     card = _card(library.storage, name) if re.fullmatch(NAME, name) else None
     if card is None:
-        raise StorageError(f"{library.storage.place}: there is no entry {name}", "`potluck library list` names them")
+        raise _no_entry(library, name)
     return card
 
 
@@ -203,7 +211,26 @@ def adapter_of(library: Library, name: str) -> Adapter:
         return load_adapter(Path(folder) / name)
 
 
+def profile_of(library: Library, name: str, vocabulary_size: int) -> Tensor:
+    """The profile of an entry's text, fp32 ``(vocabulary_size,)``.
+
+    Raises:
+        StorageError: There is no such entry.
+        ModelError: It was added without a profile, or is damaged.
+    """
+    card = known_card(library, name)
+    if PROFILE_FILE not in card.files:
+        hint = "its owner can add it again, with --public and --replace; or route with --by arrow"
+        raise ModelError(f"{library.storage.place}: {name} has no profile of its text", hint)
+    content = _content(library.storage, card, PROFILE_FILE)
+    return read_profile(content, f"{library.storage.place}: {name}", vocabulary_size)
+
+
 # --- paths and files -----------------------------------------------------------------------------
+
+
+def _no_entry(library: Library, name: str) -> StorageError:
+    return StorageError(f"{library.storage.place}: there is no entry {name}", "`potluck library list` names them")
 
 
 def _card_path(name: str) -> str:

@@ -5,8 +5,9 @@
 mean embedding rank all of them roughly, and the kernel itself the few best.
 
 **Mixture**: shares by maximum likelihood, each entry's points taken as a density that is twenty times as sharp as the
-kernel. Matching mean embeddings (`nearest_mixture`), as learnware markets do, gives shares of half that accuracy: it
-tells windows apart by their mean alone.
+kernel (Saerens et al., "Adjusting the outputs of a classifier to new a priori probabilities", 2002). Matching mean
+embeddings (`nearest_mixture`), as learnware markets do, is at best half as accurate: so wide a kernel sees little more
+of a text than the mean of its windows, and a sharp one nothing at all.
 """
 
 from __future__ import annotations
@@ -38,6 +39,7 @@ class Index:
     Attributes:
         points: ``(N, K, d)``; specifications with fewer points are filled up with points of no weight.
         weights: ``(N, K)``.
+        noise: What their noise adds to a squared distance, ``σ² d``, ``(N,)``.
         energies: ``‖μ_i‖²``, ``(N,)``.
         frequencies: Ω of the random Fourier features, ``(d, F)``.
         features: Mean features of every specification, ``(N, 2F)``.
@@ -47,6 +49,7 @@ class Index:
     names: Sequence[str]
     points: Tensor
     weights: Tensor
+    noise: Tensor
     energies: Tensor
     frequencies: Tensor
     features: Tensor
@@ -84,7 +87,8 @@ def index_of(specifications: Mapping[str, Specification], gamma: float) -> Index
     frequencies = math.sqrt(2 * gamma) * torch.randn(dimension, _FREQUENCIES, generator=draw)
     energies = torch.stack([w @ kernel(z, z, gamma) @ w for z, w in zip(points, weights, strict=True)])
     features = torch.stack([w @ _features(z, frequencies) for z, w in zip(points, weights, strict=True)])
-    return Index(names, points, weights, energies, frequencies, features, gamma)
+    noise = torch.tensor([dimension * specifications[name].noise ** 2 for name in names])
+    return Index(names, points, weights, noise, energies, frequencies, features, gamma)
 
 
 def nearest(index: Index, states: Tensor, top: int = 5, candidates: int | None = CANDIDATES) -> list[Match]:
@@ -105,9 +109,9 @@ def nearest(index: Index, states: Tensor, top: int = 5, candidates: int | None =
 def mixture(index: Index, states: Tensor, candidates: int = CANDIDATES) -> list[Match]:
     """Which entries a text is mixed of, and their shares, largest first; what has less than 2% is left out.
 
-    ``argmax_w Σ_x log Σ_i w_i p_i(x)`` with ``p_i(x) = Σ_j β_ij exp(−20 γ ‖x − z_ij‖²)``, which is concave, by
-    expectation maximisation; over the entries that are nearest alone, and those of the nearest mixture, by random
-    features.
+    ``argmax_w Σ_x log Σ_i w_i p_i(x)`` with ``p_i(x) = Σ_j β_ij exp(−20 γ ‖x − z_ij‖²)``, less what noise adds to
+    the square: concave, by expectation maximisation. It is over the entries that are nearest alone, and those of the
+    nearest mixture, by random features.
 
     Args:
         states: The text's, ``(n, d)``, from `Yardstick.measure`.
@@ -194,9 +198,10 @@ def _energy(states: Tensor, gamma: float) -> Tensor:
 
 def _densities(index: Index, chosen: Tensor, states: Tensor) -> Tensor:
     """``p_i(x)`` up to a common factor, float64 ``(n, chosen)``."""
-    weights = index.weights[chosen]
-    near = kernel(states, index.points[chosen].flatten(0, 1), _SHARPNESS * index.gamma)
-    return (near.view(len(states), *weights.shape) * weights).sum(2).double() + 1e-30
+    weights, points = index.weights[chosen], index.points[chosen].flatten(0, 1)
+    squares = torch.cdist(states, points).square().view(len(states), *weights.shape) - index.noise[chosen, None]
+    near = squares.clamp_min(0).mul(-_SHARPNESS * index.gamma).exp()
+    return (near * weights).sum(2).double() + 1e-30
 
 
 def _proportions(densities: Tensor) -> Tensor:

@@ -6,6 +6,7 @@ import os
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
+from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 from urllib.parse import urlsplit
@@ -18,6 +19,14 @@ if TYPE_CHECKING:
 
 _ENVIRONMENTS = {"s3": "AWS", "s3a": "AWS", "gs": "GOOGLE", "az": "AZURE", "abfs": "AZURE", "abfss": "AZURE"}
 _CREDENTIALS = "credentials come from the environment, such as AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY"
+_CREDENTIAL = re.compile(
+    r"AWS_(ACCESS_KEY_ID|WEB_IDENTITY_TOKEN_FILE|CONTAINER_CREDENTIALS_\w+_URI|SKIP_SIGNATURE)"
+    r"|GOOGLE_(SERVICE_ACCOUNT(_PATH|_KEY)?|APPLICATION_CREDENTIALS|SKIP_SIGNATURE)"
+    r"|AZURE_(STORAGE_\w*(KEY|TOKEN)|\w+_SECRET|FEDERATED_TOKEN_FILE|SKIP_SIGNATURE)"
+)
+_CONNECTION_SETTINGS = ("allow_http", "allow_invalid_certificates", "proxy_url", "proxy_ca_certificate")
+_RETRIES = {"max_retries": 5, "retry_timeout": timedelta(seconds=20)}
+_REQUEST_SECONDS = 300  # for a whole file
 _MAX_LISTED = 1_000_000
 
 
@@ -224,11 +233,16 @@ def _opened(url: str, place: str) -> ObjectStore:
     try:
         if scheme not in _ENVIRONMENTS:
             raise ValueError("no such kind of store")
+        prefix = _ENVIRONMENTS[scheme] + "_"
+        own = {name for name, value in os.environ.items() if value and name.startswith(prefix)}
+        if not any(map(_CREDENTIAL.fullmatch, own)):  # else this machine's are sought, for long
+            raise ValueError("no credentials in the environment")
         # What the environment says of connections is forgotten unless it is handed on.
-        plain = os.environ.get(f"{_ENVIRONMENTS[scheme]}_ALLOW_HTTP", "")
-        return from_url(url, client_options={"allow_http": plain or "false"})  # type: ignore[call-overload, no-any-return]
+        said = {name: os.environ.get(prefix + name.upper(), "") for name in _CONNECTION_SETTINGS}
+        options = {"timeout": f"{_REQUEST_SECONDS}s"} | {name: value for name, value in said.items() if value}
+        return from_url(url, client_options=options, retry_config=_RETRIES)  # type: ignore[call-overload, no-any-return]
     except (BaseError, ValueError, OSError) as error:
-        hint = "name a folder, or one such as s3://bucket/prefix, gs://bucket/prefix or az://container/prefix"
+        hint = "name a folder, or one such as s3://bucket/prefix, gs://bucket/prefix or az://account/x; " + _CREDENTIALS
         raise StorageError(f"{place}: cannot be used as a store ({_said(error)})", hint) from None
 
 

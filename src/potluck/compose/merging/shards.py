@@ -201,7 +201,7 @@ def _checked(path: Path, file: int, data: int, entry: Mapping[str, Any]) -> Stor
     tensor = StoredTensor(str(entry["dtype"]), shape, file, data + begin, path)
     if tensor.dtype not in _SIZES:
         raise ValueError(f"numbers of type {tensor.dtype}")
-    fits = 0 <= begin and end - begin == tensor.nbytes and data + end <= os.fstat(file).st_size
+    fits = begin >= 0 and end - begin == tensor.nbytes and data + end <= os.fstat(file).st_size
     if min(shape, default=0) < 0 or not fits:
         raise ValueError("a tensor does not lie where the header says")
     return tensor

@@ -11,13 +11,12 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load, save
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
@@ -25,7 +24,6 @@ from potluck.compose.adapter import Adapter, Factors
 from potluck.compose.lora import added, check_fits
 from potluck.compose.routing.bundle import Bundle, by_module
 from potluck.errors import ModelError, RecipeError
-from potluck.files import storing
 
 PROFILE_FILE = "profile.safetensors"
 
@@ -58,29 +56,26 @@ def token_profile(own: np.ndarray, public: np.ndarray, vocabulary_size: int, str
     return torch.from_numpy(np.log(counts / counts.sum() / reference)).float()
 
 
-def save_profile(profile: Tensor, folder: Path) -> None:
-    """Write a profile in half precision beside an adapter.
+def profile_bytes(profile: Tensor) -> bytes:
+    """A profile in half precision, as it is kept and sent: safetensors."""
+    return save({"log_odds": profile.half()})
+
+
+def read_profile(content: bytes, what: str, vocabulary_size: int) -> Tensor:
+    """What `profile_bytes` gave.
+
+    Args:
+        what: Where it is from, for the message.
 
     Raises:
-        StorageError: The disk is full or cannot be written.
+        ModelError: It is damaged, or belongs to another vocabulary.
     """
-    with storing(folder):
-        save_file({"log_odds": profile.half()}, folder / PROFILE_FILE)
-
-
-def load_profile(folder: Path, vocabulary_size: int) -> Tensor:
-    """What `save_profile` wrote.
-
-    Raises:
-        ModelError: It is missing or damaged, or belongs to another vocabulary.
-    """
-    path = folder / PROFILE_FILE
     try:
-        profile = load_file(path)["log_odds"].float()
-    except (OSError, SafetensorError, KeyError) as error:
-        raise ModelError(f"{path}: no usable profile ({error})") from None
+        profile = load(content)["log_odds"].float()
+    except (SafetensorError, KeyError) as error:
+        raise ModelError(f"{what}: no usable profile ({error})") from None
     if profile.shape != (vocabulary_size,) or not torch.isfinite(profile).all():
-        raise ModelError(f"{path}: not a profile over {vocabulary_size} tokens")
+        raise ModelError(f"{what}: not a profile over {vocabulary_size} tokens")
     return profile
 
 
