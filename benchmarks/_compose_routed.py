@@ -71,7 +71,7 @@ def ranks(stage: Stage, adapters: Mapping[str, Adapter], size: Size, seed: int) 
         routers = train_ranks(stage.base, adapters, [stage.public], lesson, Ranks(active))
         with added(stage.base.model, routers):
             found = losses(stage, stage.held_out, size.length, size.device)
-        yield Row("potluck rank-wise, router trained on public text", None, f"{active} of {everybodys} ranks", found)
+        yield Row(f"potluck rank-wise, {active} of {everybodys} ranks, trained on public text", None, "", found)
     with added(stage.base.model, self_activated(adapters, everybodys // 10)):
         found = losses(stage, stage.held_out, size.length, size.device)
     yield Row("potluck rank-wise, by own activation", None, f"{everybodys // 10} of {everybodys} ranks", found)

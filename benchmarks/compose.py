@@ -95,42 +95,48 @@ def measure(size: Size) -> list[Measurement]:
 def judged(rows: Rows, size: Size) -> list[Measurement]:
     """What the table is for."""
     found = [measured(f"held-out loss: {name}", _means(rows[name]), "nats/token") for name in rows if LEFT not in name]
+    return found + [
+        figure
+        for needed, judge in (("PEFT svd", _merging), ("potluck Arrow, mixed ranks", _routing), (JOINT, _experts))
+        if any(name.startswith(needed) for name in rows)
+        for figure in judge(rows, size)
+    ]
+
+
+def _merging(rows: Rows, size: Size) -> Iterator[Measurement]:
     rank = f"rank {size.rank}"
     ours = min((n for n in rows if n.startswith("potluck ") and _is_merge(n)), key=lambda n: mean(_means(rows[n])))
     peft = min((n for n in rows if n.startswith("PEFT ") and "X-LoRA" not in n), key=lambda n: mean(_means(rows[n])))
     difference = [a - b for a, b in zip(_means(rows[ours]), _means(rows[peft]), strict=True)]
+    yield measured(f"best merge at {rank}: {ours}, against {peft}", difference, "nats", at_most=0.0, peer=peft)
     lego = [a - b for a, b in zip(_means(rows["potluck lego"]), _means(rows["potluck svd"]), strict=True)]
-    found += [
-        measured(f"best merge at {rank}: {ours}, against {peft}", difference, "nats", at_most=0.0, peer=peft),
-        measured(f"LEGO against truncated SVD at {rank}", lego, "nats", peer="potluck svd"),
-    ]
-    for label in (rank, "mixed ranks"):
-        for name in (f"potluck Arrow, {label}", f"potluck evidence, {label}"):
-            gains = _recovered(rows, name, f"own adapter, {label}")
-            bar = 0.8 if "evidence, mixed" in name else None
-            found.append(measured(f"own adapter's gain recovered: {name}", gains, "share", at_least=bar))
-    for label in ("mixed ranks", "full size"):
+    yield measured(f"LEGO against truncated SVD at {rank}", lego, "nats", peer="potluck svd")
+
+
+def _routing(rows: Rows, size: Size) -> Iterator[Measurement]:
+    for name in ("potluck Arrow, mixed ranks", "potluck evidence, mixed ranks"):
+        three = zip(_means(rows["base"]), _means(rows[name]), _means(rows["own adapter, mixed ranks"]), strict=False)
+        gains = [(base - loss) / (base - best) for base, loss, best in three]
+        bar = 0.8 if "evidence" in name else None
+        yield measured(f"own adapter's gain recovered: {name}", gains, "share", at_least=bar)
+
+
+def _experts(rows: Rows, size: Size) -> Iterator[Measurement]:
+    for label in [label for label in ("mixed ranks", "full size") if f"{JOINT}, {label}" in rows]:
         apart, together = rows[f"{ISOLATED}, {label}, isolated"], rows[f"{JOINT}, {label}"]
         above = [100 * (a / b - 1) for a, b in zip(_means(apart), _means(together), strict=True)]
         bar = 3.0 if label == "mixed ranks" else None
-        found.append(measured(f"isolated experts above the joint mixture, {label}", above, "%", at_most=bar))
+        yield measured(f"isolated experts above the joint mixture, {label}", above, "%", at_most=bar)
         gone = [max(of_seed.values()) for of_seed in rows[f"{LEFT}, {label}"]]
-        found.append(measured(f"{LEFT}, {label}", gone, "logits", at_most=0.0))
-    return found
+        yield measured(f"{LEFT}, {label}", gone, "logits", at_most=0.0)
 
 
 def _is_merge(name: str) -> bool:
-    return "," not in name and name != "potluck sum" and "expert" not in name
+    return not any(word in name for word in (",", "potluck sum", "expert", "rank-wise"))
 
 
 def _means(losses: Sequence[Mapping[str, float]]) -> list[float]:
     return [mean(of_seed.values()) for of_seed in losses]
-
-
-def _recovered(rows: Rows, name: str, own: str) -> list[float]:
-    """``(loss_base − loss) / (loss_base − loss_own)`` of each seed."""
-    three = zip(_means(rows["base"]), _means(rows[name]), _means(rows[own]), strict=False)
-    return [(base - loss) / (base - best) for base, loss, best in three]
 
 
 def table(rows: Rows) -> str:
@@ -148,7 +154,9 @@ def table(rows: Rows) -> str:
 
 
 def _one_part(options: argparse.Namespace) -> None:
-    size = replace(SIZES[options.size], device=options.device)
+    given = SIZES[options.size]
+    epochs, held_out = options.epochs or given.epochs, options.held_out or given.held_out
+    size = replace(given, device=options.device, epochs=epochs, held_out=held_out)
     with options.rows.open("w") as file:
         for row in rows_of(options.part, size, options.seed):
             file.write(json.dumps({"seed": options.seed, "part": options.part, **asdict(row)}) + "\n")
@@ -172,6 +180,8 @@ if __name__ == "__main__":
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--size", choices=list(SIZES), default="full")
     parser.add_argument("--rows", type=Path)
+    parser.add_argument("--epochs", type=float)
+    parser.add_argument("--held-out", type=int)
     parser.add_argument("--read", type=Path, nargs="+")
     chosen, others = parser.parse_known_args()
     if chosen.part:

@@ -48,7 +48,9 @@ def add(
     who: Annotated[str, typer.Option(help="Whose it is.")] = "",
     licence: Annotated[str, typer.Option(help="What others may do with it.")] = "",
     spec_points: Annotated[int, typer.Option(min=1, max=100, help="Points of the specification, at most.")] = 100,
-    noise: Annotated[float, typer.Option(min=0.0, max=1.0, help="Added to each coordinate of these points.")] = 0.0,
+    noise: Annotated[
+        float, typer.Option(min=0.0, max=0.2, help="Added to each coordinate of these points; 0.02 costs nothing.")
+    ] = 0.0,
     public: Annotated[
         Path | None,
         typer.Option(help="Public text, the same for all: give away how often tokens stand in yours."),
