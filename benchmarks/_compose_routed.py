@@ -7,6 +7,7 @@ import tempfile
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -55,12 +56,19 @@ def routed(stage: Stage, adapters: Mapping[str, Adapter], size: Size, label: str
     profiles = {
         name: token_profile(own, stage.public, stage.base.model.config.vocab_size) for name, own in stage.own.items()
     }
+    model, everybody = stage.base.model, len(adapters)
+    chosen = _at_most(EVIDENCE, everybody)
     ways: dict[str, list[tuple[str, Any]]] = {
-        "Arrow": [(str(s), lambda s=s: arrow(stage.base.model, adapters, s)) for s in ARROWS],
-        "evidence": [(str(s), lambda s=s: by_evidence(stage.base.model, adapters, profiles, s)) for s in EVIDENCE],
+        "Arrow": [(str(s), lambda s=s: arrow(model, adapters, s)) for s in _at_most(ARROWS, everybody)],
+        "evidence": [(str(s), lambda s=s: by_evidence(model, adapters, profiles, s)) for s in chosen],
     }
     for name, settings in ways.items():
         yield _best(stage, f"potluck {name}, {label}", settings, size)
+
+
+def _at_most(settings: tuple[Any, ...], adapters: int) -> list[Any]:
+    """Settings in which a token goes through no more adapters than there are."""
+    return [replace(s, top_k=s.top_k and min(s.top_k, adapters)) for s in settings]
 
 
 def ranks(stage: Stage, adapters: Mapping[str, Adapter], size: Size, seed: int) -> Iterator[Row]:
@@ -72,7 +80,7 @@ def ranks(stage: Stage, adapters: Mapping[str, Adapter], size: Size, seed: int) 
         with added(stage.base.model, routers):
             found = losses(stage, stage.held_out, size.length, size.device)
         yield Row(f"potluck rank-wise, {active} of {everybodys} ranks, trained on public text", None, "", found)
-    with added(stage.base.model, self_activated(adapters, everybodys // 10)):
+    with added(stage.base.model, self_activated(adapters, max(1, everybodys // 10))):
         found = losses(stage, stage.held_out, size.length, size.device)
     yield Row("potluck rank-wise, by own activation", None, f"{everybodys // 10} of {everybodys} ranks", found)
 

@@ -26,6 +26,8 @@ _PACKAGES = (
     "transformers",
     "tokenizers",
     "numpy",
+    "peft",
+    "mergekit",
     "flwr",
     "torchft-nightly",
     "nvflare",

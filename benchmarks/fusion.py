@@ -13,7 +13,7 @@ from __future__ import annotations
 import collections
 import json
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import mean
@@ -48,8 +48,8 @@ SHAPES = {
 PRIMARY = "bob"
 _HOLDS = {"ada": (0, 5), "bob": (3, 4), "eve": (7, 8)}  # places of their projects among the ten, by name
 _UNSEEN = (1, 9)
-_LENGTH, _VOCABULARY, _HELD_OUT = 128, 2048, 12_000
-_LEARNING_RATE = 5e-3
+_LENGTH, _VOCABULARY = 128, 2048
+_BATCH, _LEARNING_RATE = 4, 5e-3
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,7 +60,8 @@ class Size:
         part_steps: Steps in which a participant trains its own model.
         rounds, local_steps: Of the head.
         ablations: Also train heads in which something is missing.
-        digits: Rounds and steps of pre-training of the images; none are measured without rounds.
+        held_out: Tokens of each project that are judged.
+        digits: Rounds, and steps of pre-training, of the images.
     """
 
     seeds: tuple[int, ...]
@@ -68,12 +69,15 @@ class Size:
     rounds: int
     local_steps: int
     ablations: bool
+    held_out: int
     digits: tuple[int, int]
 
 
 SIZES = {
-    "short": Size(seeds=(0,), part_steps=30, rounds=2, local_steps=4, ablations=False, digits=(3, 30)),
-    "full": Size(seeds=(0, 1, 2), part_steps=600, rounds=15, local_steps=10, ablations=True, digits=(40, 400)),
+    "short": Size(seeds=(0,), part_steps=20, rounds=2, local_steps=3, ablations=False, held_out=2000, digits=(3, 30)),
+    "full": Size(
+        seeds=(0, 1, 2), part_steps=400, rounds=12, local_steps=10, ablations=True, held_out=12_000, digits=(40, 400)
+    ),
 }
 
 
@@ -109,7 +113,7 @@ def _text(size: Size) -> Iterator[Measurement]:
     found = [_of_seed(scene(seed, size), size) for seed in size.seeds]
     losses: list[Losses] = [one for one, _ in found]
     for way in losses[0]:
-        for side in ("union", "unseen"):
+        for side in losses[0][way]:
             yield measured(f"{way}: {side}", [each[way][side] for each in losses], "nats per token")
     best_single = [{s: min(each[n][s] for n in SHAPES) for s in ("union", "unseen")} for each in losses]
     others = ("the probabilities' mean", "the best fixed mixture", "the logits' mean", "the model of its own project")
@@ -133,7 +137,7 @@ def _text(size: Size) -> Iterator[Measurement]:
 
 def _of_seed(at: Scene, size: Size) -> tuple[Losses, dict[str, float]]:
     """Losses by way of predicting and side, and further facts."""
-    losses = _baselines(at)
+    losses = _baselines(at, size)
     shutil.rmtree(at.place / "fused", ignore_errors=True)
     facts = fuse_models(at.folders, at.place / "fused", PRIMARY, width=32)
     start = load_folder(at.place / "fused").eval()
@@ -173,12 +177,11 @@ def scene(seed: int, size: Size) -> Scene:
             stream = token_stream([text for n in mine[who] for text in everybody[n].base], vocabulary)
             lesson = Lesson(steps=size.part_steps, sequence_length=_LENGTH, seed=seed, device="cpu")
             train_part(model, [stream], lesson)
-            export_folder(
-                model, Bpe(vocab_size=_VOCABULARY), vocabulary.tokenizer, vocabulary.end_of_text, folders[who]
-            )
+            table = Bpe(vocab_size=_VOCABULARY)
+            export_folder(model, table, vocabulary.tokenizer, vocabulary.end_of_text, folders[who])
 
     def held_out(held: Sequence[str]) -> dict[str, np.ndarray]:
-        return {n: token_stream(everybody[n].held_out, vocabulary)[:_HELD_OUT] for n in held}
+        return {n: token_stream(everybody[n].held_out, vocabulary)[: size.held_out] for n in held}
 
     for who, held in mine.items():
         lines = [json.dumps({"text": text}) for n in held for text in everybody[n].own if not text.isspace()]
@@ -214,7 +217,7 @@ def _trained_together(at: Scene, size: Size) -> tuple[FusedForCausalLM, float]:
         "data": {"shards": str(at.place / "shards"), "validation_bytes": 4000},
         "model": {"path": str(at.place / "fused")},
         "local": {
-            "batch_size": 6,
+            "batch_size": _BATCH,
             "sequence_length": _LENGTH,
             "optimizer": {"kind": "adamw", "learning_rate": _LEARNING_RATE, "weight_decay": 0.0},
             "schedule": {"kind": "cosine", "warmup_steps": max(1, size.rounds * size.local_steps // 10)},
@@ -242,7 +245,7 @@ def _pooled(at: Scene, size: Size, without: Sequence[str]) -> dict[str, float]:
             if name == "attention.trust":
                 parameter.data.zero_()
     steps = size.rounds * size.local_steps
-    lesson = Lesson(steps=steps, batch_size=6, sequence_length=_LENGTH, learning_rate=_LEARNING_RATE, device="cpu")
+    lesson = Lesson(steps=steps, batch_size=_BATCH, sequence_length=_LENGTH, learning_rate=_LEARNING_RATE, device="cpu")
     train_part(model, list(at.learn.values()), lesson)
     return _both(at, lambda stream: loss_on(model, stream, _LENGTH, "cpu"))
 
@@ -250,13 +253,13 @@ def _pooled(at: Scene, size: Size, without: Sequence[str]) -> dict[str, float]:
 # --- what it is compared with -------------------------------------------------------------------------
 
 
-def _baselines(at: Scene) -> Losses:
+def _baselines(at: Scene, size: Size) -> Losses:
     """Each model alone, means of all, the best fixed mixture, and on each project the model trained on it."""
     models = list(at.models.values())
     losses: Losses = {
         who: _both(at, lambda stream, m=model: loss_on(m, stream, _LENGTH, "cpu")) for who, model in at.models.items()
     }
-    weights = _best_mixture(torch.cat([_gold(models, stream[:20_000]) for stream in at.learn.values()]))
+    weights = _best_mixture(torch.cat([_gold(models, stream[: 2 * size.held_out]) for stream in at.learn.values()]))
     third = torch.full((len(models),), 1 / len(models))
     for name, mixture in (("the probabilities' mean", third), ("the best fixed mixture", weights)):
         log = mixture.log()
@@ -288,9 +291,8 @@ def _best_mixture(gold: Tensor) -> Tensor:
     return weights
 
 
-def _both(at: Scene, loss: object) -> dict[str, float]:
+def _both(at: Scene, loss: Callable[[np.ndarray], float]) -> dict[str, float]:
     """Mean over the tokens of the known projects, and of the unseen ones."""
-    assert callable(loss)
     sides = {"union": at.known, "unseen": at.unseen}
     return {side: _weighted({n: loss(s) for n, s in streams.items()}, streams) for side, streams in sides.items()}
 
@@ -306,7 +308,7 @@ def _images(size: Size) -> Iterator[Measurement]:
     try:
         from benchmarks._fusion_images import accuracies
 
-        found = [accuracies(seed, *size.digits) for seed in (0, 1, 2)]
+        found = [accuracies(seed, *size.digits) for seed in size.seeds]
     except ImportError as missing:
         yield measured("digits", [], "accuracy", peer=str(missing))
         return

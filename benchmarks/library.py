@@ -27,13 +27,14 @@ import torch
 from torch import Tensor
 
 from benchmarks._measure import Measurement, main, measured, paired, seconds
-from benchmarks._silos import BaseSize, stage, texts
+from benchmarks._silos import ROOT, BaseSize, stage, texts
 from potluck.compose.base import Base, token_stream
 from potluck.compose.library.search import CANDIDATES, Index, Match, closeness, index_of, mixture, nearest, verdict
 from potluck.compose.library.simplex import nearest_mixture
 from potluck.compose.library.specification import MAX_BYTES, Specification, kernel, kmeans, specification_of
 from potluck.compose.library.yardstick import MAX_WINDOW, Yardstick, yardstick_of
 
+_SHARED = ROOT.parent / "shared" / "data"
 _PASSAGE = 2_000  # characters
 _LEARNWARE_GAMMA, _LEARNWARE_POINTS, _LEARNWARE_STEP = 0.1, 100, 0.1
 _NOISE = 0.05
@@ -128,6 +129,7 @@ def measure(size: Size) -> list[Measurement]:
             _judge(found, kind, ways, market, size, seed)
             if kind == "passages":
                 _tell_who_fits(found, specifications, yardstick, market, size, seed)
+                _tell_strangers(found, index, _strangers(base, yardstick), size, seed)
             peer = _market(tokens, partial(_last_hidden, base))
             theirs = index_of({n: _learnware(s) for n, s in peer.entries.items()}, _LEARNWARE_GAMMA)
             _judge(found, kind, {"learnware's settings": _by_embedding(theirs)}, peer, size, seed)
@@ -261,6 +263,25 @@ def _tell_who_fits(
         for what, values in (("", there), (", its owner taken out", gone)):
             share = float(np.mean([value == "alike" for value in values]))
             found.setdefault((f"passages: said to be alike{what}, {_tokens(windows)}", "ours"), []).append(share)
+
+
+def _tell_strangers(found: Found, index: Index, strangers: States, size: Size, seed: int) -> None:
+    """What is said of text of another world."""
+    draw = np.random.default_rng(seed)
+    for name, states in strangers.items():
+        for windows in size.windows:
+            said = [_said(index, _some(states, windows, draw)) == "unlike" for _ in range(size.queries)]
+            found.setdefault((f"{name}: said to be unlike, {_tokens(windows)}", "ours"), []).append(
+                float(np.mean(said))
+            )
+
+
+def _strangers(base: Base, yardstick: Yardstick) -> dict[str, Tensor]:
+    """Text that no participant has, where it is there."""
+    files = {"Shakespeare": "text/tinyshakespeare.txt", "school sums": "gsm8k/train.jsonl"}
+    there = {name: _SHARED / path for name, path in files.items() if (_SHARED / path).is_file()}
+    texts = {name: path.read_text(encoding="utf-8")[:200_000] for name, path in there.items()}
+    return {name: yardstick.measure(base, token_stream([text], base.vocabulary), "cpu") for name, text in texts.items()}
 
 
 def _said(index: Index, states: Tensor) -> str | None:

@@ -10,10 +10,39 @@ from typing import Any
 
 import pytest
 
-from benchmarks import aggregate, apart, corpus, links, overhead, parity, wire
+from benchmarks import (
+    _silos,
+    aggregate,
+    apart,
+    arrow,
+    compose,
+    corpus,
+    deferral,
+    library,
+    links,
+    merge,
+    overhead,
+    packing,
+    parity,
+    wire,
+)
+from benchmarks._compose_parts import Size as Parts
 from benchmarks._measure import Measurement, main, measured
+from benchmarks._merge_adapters import AdapterSize
+from benchmarks._merge_models import ModelSize
+from benchmarks._silos import BaseSize
+from potluck.compose.decoding.deferral import Lesson as Gates
+from potluck.compose.training import Lesson
 
 MODEL = (("layers", 1), ("width", 16), ("heads", 2), ("feedforward", 32), ("context", 64))
+BASE = BaseSize(
+    vocabulary=300, layers=1, width=16, heads=2, feedforward=32, steps=2, local_steps=2, batch_size=1,
+    sequence_length=32, parties=3,
+)  # fmt: skip
+PARTS = Parts(
+    base=BASE, seeds=(0,), max_steps=2, batch_size=1, length=32, rank=1, ranks=(1, 2), router_steps=2, top_k=2,
+    held_out=100,
+)  # fmt: skip
 TINY: dict[ModuleType, Any] = {
     overhead: overhead.Size(
         single={1: (2, 1)}, swapped=1, swapped_steps=2, participants=2, saves=2, model=MODEL, batch=(2, 16)
@@ -33,6 +62,24 @@ TINY: dict[ModuleType, Any] = {
     corpus: corpus.Size(text_bytes=30_000, builds=1, steps=2, packages=("numpy",), model=MODEL),
     wire: wire.Size(megabytes=2, pings=3, repeats={"https": 1}, pullers=2, pulled=2, peers=()),
     apart: apart.Size(rounds=1, local_steps=1),
+    merge: merge.Size(
+        adapters=AdapterSize(layers=1, width=32, feedforward=48, adapters=2, rank=2, clustered=1),
+        models=ModelSize(shapes={"F32": (1, 32, 48)}, models=2, runs=1, vocabulary=64),
+    ),
+    arrow: arrow.Size(widths=(64,), layers=1, ranks=(2,), batches=(1,), prompt=4, new=2, runs=1),
+    packing: packing.Size(parts=PARTS, errors=(0.3,), held_out=100),
+    library: replace(
+        library.SIZES["short"], base=replace(BASE, parties=10), windows=(2,), queries=1, mixtures=2, entries=20
+    ),
+    deferral: replace(
+        deferral.SIZES["short"],
+        parts=replace(PARTS, base=replace(BASE, parties=10)),
+        far=Lesson(2, 1, 32),
+        learn=5,
+        test=1,
+        gates=Gates(sequence_length=32, epochs=1),
+    ),
+    compose: replace(PARTS, held_out=100),
     parity: replace(parity.SIZES["short"], grid=((2, "iid", ("data-parallel", "DiLoCo int4"), 2),)),
 }
 
@@ -44,13 +91,16 @@ def written(path: Path, measure: Any, size: Any) -> tuple[int, list[dict[str, An
 
 
 @pytest.mark.parametrize("module", TINY, ids=lambda module: module.__name__)
-def test_a_benchmark_runs_and_writes_its_measurements(module: ModuleType, tmp_path: Path) -> None:
+def test_a_benchmark_runs_and_writes_its_measurements(
+    module: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(_silos, "PLACE", tmp_path / "texts")
     code, results = written(tmp_path / "out.json", module.measure, TINY[module])
     assert set(module.SIZES) == {"short", "full"}
     assert all(set(result) == {f.name for f in fields(Measurement)} for result in results)
     assert {"python", "torch", "potluck"} <= set(results[0]["versions"])
     assert code == any(result["holds"] is False for result in results)
-    assert all(result["holds"] for result in results if "identical" in result["name"])
+    assert all(result["holds"] for result in results if "identical" in result["name"] or "opt-out" in result["name"])
 
 
 def test_the_median_is_judged() -> None:

@@ -108,6 +108,8 @@ def test_what_is_frozen_must_be_the_same_everywhere() -> None:
     assert layout[-1] == ["frozen", before]
     model.parts[1].transformer.wte.weight.data[3, 3] += 1e-3
     assert frozen_hash(model) != before
+    with pytest.raises(RecipeError, match="not for a potluck_fused model"):
+        place(model, Compute(device="cpu", gradient_checkpointing=True))
     plain = llama(8, 1)
     assert place(plain, Compute(device="cpu")).layout == [[n, list(p.shape)] for n, p in plain.named_parameters()]
 

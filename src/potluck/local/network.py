@@ -48,11 +48,13 @@ def place(model: PreTrainedModel, compute: Compute) -> Network:
     """Put a model on the recipe's device.
 
     Raises:
-        RecipeError: The device does not exist.
+        RecipeError: The device does not exist, or the model cannot recompute activations.
     """
     device = device_named(compute.device)
     flat = flatten(model, device)
     if compute.gradient_checkpointing:
+        if not model.supports_gradient_checkpointing:
+            raise RecipeError(f"compute.gradient_checkpointing: not for a {model.config.model_type} model")
         model.activation_checkpointing_enable()
     if compute.compile:
         _import_setuptools()

@@ -18,6 +18,7 @@ _TRUST = 0.5  # of each track record at first: where training takes it
 _RECORD_TOKENS = 256  # 0.98 to this power is below a hundredth
 _MOST_PARTS = 64
 _MOST_RATIO = 60.0  # of two models' probabilities of a token, as a logarithm
+_MOST_OPEN = 1 - 2**-16  # something is always left to the primary, so that no token's probability is lost
 
 
 class AdaFusion(nn.Module):
@@ -98,9 +99,11 @@ class FusionHead(nn.Module):
 
     ::
 
-        p  = (1 - lambda) p_primary + lambda sum_m a_m p_m         lambda = tanh 10 |opening|
+        p = (1 - lambda) p_primary + lambda sum_m a_m p_m              lambda = tanh 10 |opening|
+        logits = log p + W_primary (U z)                               W_primary: the primary's output head
 
-    ``opening`` starts at zero: at first the fusion is the primary model, bit for bit, whatever the attention.
+    lambda and U start at zero: at first the fusion is the primary model, bit for bit. The trust in track records
+    starts where training takes it.
     """
 
     def __init__(self, widths: Sequence[int], config: FusedConfig) -> None:
@@ -121,7 +124,7 @@ class FusionHead(nn.Module):
     @property
     def opened(self) -> Tensor:
         """lambda; its derivative at the start is that from the right, which is not zero."""
-        return torch.tanh(10 * torch.where(self.opening < 0, -self.opening, self.opening))
+        return _MOST_OPEN * torch.tanh(10 * torch.where(self.opening < 0, -self.opening, self.opening))
 
 
 @dataclass
@@ -152,8 +155,11 @@ class FusedForCausalLM(PreTrainedModel, GenerationMixin):
     def __init__(self, config: FusedConfig) -> None:
         super().__init__(config)
         tables, names = config.parts or [], config.names or []
-        if not 2 <= len(tables) == len(names) <= _MOST_PARTS or not 0 <= config.primary < len(tables):
-            raise ValueError(f"a fused model has 2 to {_MOST_PARTS} parts, each with a name, and one is the primary")
+        named = len(tables) == len(names) == len(set(names))
+        if not (named and 2 <= len(tables) <= _MOST_PARTS and 0 <= config.primary < len(tables)):
+            raise ValueError(
+                f"a fused model has 2 to {_MOST_PARTS} parts, each with a name of its own, and one is the primary"
+            )
         for place, table in enumerate(tables):
             self.add_module(f"part{place}", _empty_part(table))
         widths = [int(part.config.hidden_size) for part in self.parts]
@@ -207,14 +213,14 @@ class FusedForCausalLM(PreTrainedModel, GenerationMixin):
         log_probs = [log_softmax(logits.float(), dim=-1) for logits in parts_logits]
         record = track_record(log_probs, input_ids, attention_mask)
         fused, attention = self.fusion.attention(features, record)
-        primary, opened = self.config.primary, self.fusion.opened
+        primary = self.config.primary
+        alone = torch.eye(len(log_probs), device=attention.device)[primary]
+        weights = alone + self.fusion.opened * (attention - alone)
         ratios = [(each - log_probs[primary]).clamp(max=_MOST_RATIO).exp() for each in log_probs]
-        mean = sum(a.unsqueeze(-1) * ratio for a, ratio in zip(attention.unbind(-1), ratios, strict=True))
-        logits = parts_logits[primary].float() + torch.log((1 - opened) + opened * mean)
+        mixture = sum(w.unsqueeze(-1) * ratio for w, ratio in zip(weights.unbind(-1), ratios, strict=True))
         head = cast(Tensor, self.get_output_embeddings().weight)
-        logits = logits + linear(linear(fused, self.fusion.residual), head)
-        alone = torch.nn.functional.one_hot(torch.tensor(primary, device=attention.device), attention.shape[-1])
-        weights = opened * attention + (1 - opened) * alone
+        residual = linear(linear(fused, self.fusion.residual), head)
+        logits = parts_logits[primary].float() + torch.log(cast(Tensor, mixture)) + residual
         loss = None
         if labels is not None:
             loss = cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten())

@@ -4,10 +4,10 @@
 2012). A thousand specifications are searched in two steps: random Fourier features (Rahimi and Recht, 2007) of every
 mean embedding rank all of them roughly, and the kernel itself the few best.
 
-**Mixture**: shares by maximum likelihood, each entry's points taken as a density that is twenty times as sharp as the
-kernel (Saerens et al., "Adjusting the outputs of a classifier to new a priori probabilities", 2002). Matching mean
-embeddings (`nearest_mixture`), as learnware markets do, is at best half as accurate: so wide a kernel sees little more
-of a text than the mean of its windows, and a sharp one nothing at all.
+**Mixture**: shares by maximum likelihood, each entry's points taken as a density that is some twenty times as sharp as
+the kernel (Saerens et al., "Adjusting the outputs of a classifier to new a priori probabilities", 2002). Matching mean
+embeddings (`nearest_mixture`), as learnware markets do, is less than half as accurate: so wide a kernel sees little
+more of a text than the mean of its windows, and a sharp one nothing at all.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ from potluck.compose.library.specification import Specification, kernel
 CANDIDATES = 25
 ALIKE, UNLIKE = 0.45, 0.9  # of the distance that usually lies between entries; measured in benchmarks/library.py
 _SHARPNESS = 20.0
+_SAMPLED = 1000  # points, to see how far they lie apart
 _LEAST_SHARE = 0.02
 _EM_ROUNDS = 500
 _FREQUENCIES = 512
@@ -44,6 +45,8 @@ class Index:
         frequencies: Ω of the random Fourier features, ``(d, F)``.
         features: Mean features of every specification, ``(N, 2F)``.
         gamma: Of the kernel.
+        sharpness: Of the densities: 20 over the median of ``‖z − z'‖²`` among the entries' points. (Twenty times γ is
+            not the same: a base that has learned little writes text that is unlike any real one.)
     """
 
     names: Sequence[str]
@@ -54,6 +57,7 @@ class Index:
     frequencies: Tensor
     features: Tensor
     gamma: float
+    sharpness: float
 
 
 @dataclass(frozen=True)
@@ -88,7 +92,11 @@ def index_of(specifications: Mapping[str, Specification], gamma: float) -> Index
     energies = torch.stack([w @ kernel(z, z, gamma) @ w for z, w in zip(points, weights, strict=True)])
     features = torch.stack([w @ _features(z, frequencies) for z, w in zip(points, weights, strict=True)])
     noise = torch.tensor([dimension * specifications[name].noise ** 2 for name in names])
-    return Index(names, points, weights, noise, energies, frequencies, features, gamma)
+    some = points[weights > 0]
+    some = some[:: math.ceil(len(some) / _SAMPLED)]
+    between = torch.nn.functional.pdist(some).square().median() if len(some) > 1 else torch.tensor(1 / gamma)
+    sharpness = _SHARPNESS / max(1e-6, float(between))
+    return Index(names, points, weights, noise, energies, frequencies, features, gamma, sharpness)
 
 
 def nearest(index: Index, states: Tensor, top: int = 5, candidates: int | None = CANDIDATES) -> list[Match]:
@@ -109,7 +117,7 @@ def nearest(index: Index, states: Tensor, top: int = 5, candidates: int | None =
 def mixture(index: Index, states: Tensor, candidates: int = CANDIDATES) -> list[Match]:
     """Which entries a text is mixed of, and their shares, largest first; what has less than 2% is left out.
 
-    ``argmax_w Σ_x log Σ_i w_i p_i(x)`` with ``p_i(x) = Σ_j β_ij exp(−20 γ ‖x − z_ij‖²)``, less what noise adds to
+    ``argmax_w Σ_x log Σ_i w_i p_i(x)`` with ``p_i(x) = Σ_j β_ij exp(−s ‖x − z_ij‖²)``, less what noise adds to
     the square: concave, by expectation maximisation. It is over the entries that are nearest alone, and those of the
     nearest mixture, by random features.
 
@@ -200,7 +208,7 @@ def _densities(index: Index, chosen: Tensor, states: Tensor) -> Tensor:
     """``p_i(x)`` up to a common factor, float64 ``(n, chosen)``."""
     weights, points = index.weights[chosen], index.points[chosen].flatten(0, 1)
     squares = torch.cdist(states, points).square().view(len(states), *weights.shape) - index.noise[chosen, None]
-    near = squares.clamp_min(0).mul(-_SHARPNESS * index.gamma).exp()
+    near = squares.clamp_min(0).mul(-index.sharpness).exp()
     return (near * weights).sum(2).double() + 1e-30
 
 
