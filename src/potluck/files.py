@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -36,3 +37,24 @@ def write_text(path: Path, text: str) -> None:
             partial.replace(path)
         finally:
             partial.unlink(missing_ok=True)
+
+
+@contextmanager
+def appearing(folder: Path) -> Iterator[Path]:
+    """A new folder that is there when it is whole: within, what is written goes to ``.NAME.partial`` beside it.
+
+    Raises:
+        StorageError: There is something at ``folder``, or it cannot be written.
+    """
+    if folder.exists():
+        raise StorageError(f"{folder}: there is something here already", "name a new folder")
+    partial = folder.with_name(f".{folder.name}.partial")
+    try:
+        with storing(folder):
+            shutil.rmtree(partial, ignore_errors=True)  # of a process that was killed
+            partial.mkdir(parents=True)
+        yield partial
+        with storing(folder):
+            partial.rename(folder)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)

@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from potluck.compose.merging.models import appearing
 from potluck.corpus.tokenizer import Vocabulary, folder_vocabulary
 from potluck.errors import CorpusError, ModelError, RecipeError
+from potluck.files import appearing
 from potluck.models.build import load_folder
 from potluck.models.export import export_folder
 from potluck.models.fused import AdaFusion, FusedConfig, FusedForCausalLM

@@ -19,10 +19,9 @@ from potluck.compose.experts.assembly import assembled, router_parameters, tune_
 from potluck.compose.experts.parts import load_expert, save_expert, stream_hash
 from potluck.compose.experts.training import train_expert
 from potluck.compose.lora import train_adapter
-from potluck.compose.merging.models import appearing
 from potluck.compose.training import Lesson
 from potluck.errors import ModelError, RecipeError
-from potluck.files import storing, write_text
+from potluck.files import appearing, storing, write_text
 from potluck.models.mixture import MixtureForCausalLM
 from potluck.models.shapes import context_length
 from potluck.recipe.schema import ModelFolder

@@ -27,12 +27,12 @@ from potluck.compose.library.entries import (
 from potluck.compose.library.search import closeness, index_of, mixture, nearest, verdict
 from potluck.compose.library.specification import POINTS, specification_of
 from potluck.compose.merging.adapters import ADAPTER_METHODS, merge_adapters
-from potluck.compose.merging.models import appearing
 from potluck.compose.merging.request import chosen
 from potluck.compose.routing.arrow import Arrow, arrow, mean_shares
 from potluck.compose.routing.evidence import Evidence, by_evidence, profile_bytes, token_profile
 from potluck.compose.training import loss_on
 from potluck.errors import RecipeError, StorageError
+from potluck.files import appearing
 
 _SEQUENCE = 128  # tokens predicted at a time where a loss is measured
 _TOP_K = 4

@@ -32,10 +32,9 @@ from potluck.compose.library.registry import Registry, Row, sqlite_url
 from potluck.compose.library.specification import MAX_BYTES, Specification, read_specification
 from potluck.compose.library.storage import Files, Storage, storage_at
 from potluck.compose.library.yardstick import Yardstick, read_yardstick, yardstick_of
-from potluck.compose.merging.models import appearing
 from potluck.compose.routing.evidence import PROFILE_FILE, read_profile
 from potluck.errors import ModelError, StorageError
-from potluck.files import storing
+from potluck.files import appearing, storing
 
 YARDSTICK_FILE = "library.safetensors"
 REGISTRY_FILE = "registry.sqlite"

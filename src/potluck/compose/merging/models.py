@@ -18,8 +18,8 @@ from potluck.compose.merging.geometry import DeltaGuided, Linear, ModelStock, Mu
 from potluck.compose.merging.rules import RULES, Rule, even_weights
 from potluck.compose.merging.shards import StoredTensor, created, opened
 from potluck.compose.merging.streaming import Stack, merge_all
-from potluck.errors import RecipeError, StorageError
-from potluck.files import storing, write_text
+from potluck.errors import RecipeError
+from potluck.files import appearing, storing, write_text
 from potluck.models.shapes import folder_config
 
 MODEL_METHODS: Mapping[str, type[Rule]] = {
@@ -82,14 +82,11 @@ def merge_models(
         for folder, tensors in models.items():
             check_same_tensors(first, reference, folder, tensors)
         facts = {
-            "method": next((name for name, kind in MODEL_METHODS.items() if type(method) is kind), repr(method)),
-            "settings": dict(vars(method)),
+            **_said(method),
             "models": [str(folder) for folder in folders],
             "weights": votes.tolist(),
             "base": None if base is None else str(base),
-            "tensors": len(reference),
-            "parameters": sum(tensor.rows * tensor.columns for tensor in reference.values()),
-            "bytes": sum(tensor.nbytes for tensor in reference.values()),
+            **_size(reference),
         }
         with created(being_written, reference, max_shard_bytes) as merged:
             stacks = [
@@ -102,25 +99,15 @@ def merge_models(
     return facts
 
 
-@contextmanager
-def appearing(folder: Path) -> Iterator[Path]:
-    """A new folder that is there when it is whole: within, what is written goes to ``.NAME.partial`` beside it.
+def _said(method: Rule) -> dict[str, Any]:
+    name = next((name for name, kind in MODEL_METHODS.items() if type(method) is kind), repr(method))
+    return {"method": name, "settings": dict(vars(method))}
 
-    Raises:
-        StorageError: There is something at ``folder``, or it cannot be written.
-    """
-    if folder.exists():
-        raise StorageError(f"{folder}: there is something here already", "name a new folder")
-    partial = folder.with_name(f".{folder.name}.partial")
-    try:
-        with storing(folder):
-            shutil.rmtree(partial, ignore_errors=True)  # of a process that was killed
-            partial.mkdir(parents=True)
-        yield partial
-        with storing(folder):
-            partial.rename(folder)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
+
+def _size(reference: Mapping[str, StoredTensor]) -> dict[str, int]:
+    tensors = reference.values()
+    parameters = sum(tensor.rows * tensor.columns for tensor in tensors)
+    return {"tensors": len(tensors), "parameters": parameters, "bytes": sum(tensor.nbytes for tensor in tensors)}
 
 
 def _check_request(folders: Sequence[Path], method: Rule, weights: Tensor, base: Path | None) -> None:

@@ -15,10 +15,10 @@ from potluck.compose.adapter import ABOUT_FILE, CONFIG_FILE, WEIGHTS_FILE, Adapt
 from potluck.compose.base import load_base
 from potluck.compose.lora import merge_into
 from potluck.compose.merging.adapters import ADAPTER_METHODS, MEASURED, merge_adapters
-from potluck.compose.merging.models import MODEL_METHODS, appearing, merge_models
+from potluck.compose.merging.models import MODEL_METHODS, merge_models
 from potluck.compose.statistics import load_statistics
 from potluck.errors import ModelError, RecipeError
-from potluck.files import storing, write_text
+from potluck.files import appearing, storing, write_text
 from potluck.models.build import embeddings
 
 FLAGS = {"scale": "--lambda"}  # of settings whose option is not called as they are
