@@ -16,10 +16,7 @@ from potluck.compose.merging.rules import Rule
 from potluck.compose.merging.shards import FLOATS, StoredTensor
 from potluck.errors import ModelError
 
-# Number of the first row, the base's rows (rows, columns), the task vectors' (N, rows, columns); all in float32.
-Block = tuple[int, Tensor, Tensor]
 _BLOCK = 1 << 18  # entries of each model that are worked on at once
-_HELD = 1 << 24  # a tensor of no more entries in all models is read once, if a rule looks before it merges
 
 
 @dataclass(frozen=True)
@@ -37,23 +34,26 @@ class Stack:
     base: StoredTensor | None
     merged: StoredTensor
 
-    @property
-    def entries(self) -> int:
-        """Of all models' task vectors."""
-        return len(self.models) * self.merged.rows * self.merged.columns
+    def blocks(self) -> Iterator[tuple[int, Tensor, Tensor]]:
+        """First row, the base's rows ``(rows, columns)``, the task vectors' ``(N, rows, columns)``; all in float32.
 
-    def blocks(self) -> Iterator[Block]:
-        """The tensor from its first row to its last."""
+        They are valid until the next are asked for.
+        """
         rows, columns = self.merged.rows, self.merged.columns
-        step = max(1, _BLOCK // max(1, columns))
+        step = max(1, min(rows, _BLOCK // max(1, columns)))
+        origin, deltas = torch.zeros(step, columns), torch.empty(len(self.models), step, columns)
         for first in range(0, rows, step):
-            count = min(step, rows - first)
-            origin, deltas = torch.zeros(count, columns), torch.empty(len(self.models), count, columns)
+            if first + step > rows:
+                origin, deltas = origin[: rows - first], deltas[:, : rows - first]
             if self.base is not None:
                 self.base.read(first, origin)
             for delta, model in zip(deltas, self.models.values(), strict=True):
                 model.read(first, delta).sub_(origin)
             yield first, origin, deltas
+
+    def deltas(self) -> Iterator[Tensor]:
+        """The task vectors alone."""
+        return (deltas for _, _, deltas in self.blocks())
 
 
 def merge_all(
@@ -79,15 +79,8 @@ def merge_one(stack: Stack, rule: Rule, weights: Tensor) -> None:
     largest = torch.finfo(FLOATS[stack.merged.dtype]).max
     for tensor in (*stack.models.values(), *([] if stack.base is None else [stack.base])):
         tensor.announce()
-    held: list[Block] = []
-
-    def looked_at() -> Iterator[Tensor]:
-        if stack.entries <= _HELD and not held:
-            held.extend(stack.blocks())
-        return (deltas for _, _, deltas in held or stack.blocks())
-
-    combine = rule.fit(stack.name, weights, looked_at)
-    for first_row, origin, deltas in held or stack.blocks():
+    combine = rule.fit(stack.name, weights, stack.deltas)
+    for first_row, origin, deltas in stack.blocks():
         _check_finite(stack, deltas)
         merged = combine(deltas, first_row).add_(origin)
         if not merged.abs().max() <= largest:
