@@ -49,12 +49,14 @@ class ModelSize:
         shapes: For each type, as safetensors names it: layers, width and feed-forward of a Llama.
         models: Beside the base.
         runs: Of each kind.
+        mergekit: Whether it is measured, if it is installed.
     """
 
     shapes: dict[str, tuple[int, int, int]]
     models: int = 4
     runs: int
     vocabulary: int = 32_000
+    mergekit: bool = True
 
 
 MODEL_SIZES = {
@@ -164,12 +166,12 @@ def _beside_mergekit(root: Path, size: ModelSize, dtype: str, what: str, our_sec
     code = "from benchmarks._merge_models import *; from pathlib import Path; "
     code += f"print(peak_bytes(Path({str(root)!r}), {size!r}))"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
-    python = sys.executable if find_spec("mergekit") else PEERS if PEERS.exists() else None
-    peak, ratio, told = "mergekit is not installed", [], "mergekit is not installed: make peers"
-    if python is not None:
+    python = sys.executable if find_spec("mergekit") else PEERS
+    peak, ratio, told = "", [], "mergekit is not installed: make peers"
+    if size.mergekit and Path(python).exists():
         words = [python, "-m", "benchmarks.peers.mergekit_ties", str(root), str(size.models), dtype, str(DENSITY)]
         found = json.loads(subprocess.run(words, cwd=ROOT, capture_output=True, text=True, check=True).stdout)
         ratio, told = [found["seconds"] / our_seconds], f"mergekit {found['version']}: {found['seconds']:.3g} s"
         peak = f"mergekit: {found['peak'] / 1e9:.2g} GB"
-    yield measured(f"{what}: peak memory", [int(done.stdout) / 1e9], "GB", at_most=1.5, peer=peak)
+    yield measured(f"{what}: peak memory", [int(done.stdout) / 1e9], "GB", at_most=1.5, peer=peak or told)
     yield measured(f"{what}: mergekit's time beside ours", ratio, "x", at_least=1 if ratio else None, peer=told)
