@@ -58,6 +58,8 @@ def about_asks(facts: Mapping[str, Any]) -> tuple[Asks, Recipe]:
             kinds = ["train", "evaluate"]
     if isinstance(recipe.tokenizer, Bpe):
         kinds.append("words")
+    if recipe.editing is not None:
+        kinds += ["claims", "moments", "edit"]
     parameters = facts.get("parameters")
     return Asks(
         recipe=recipe.name,

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import hashlib
 import platform
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import transformers
 from torch import Tensor
@@ -15,8 +17,13 @@ from torch import Tensor
 from potluck.contribution import ParticipantInfo
 from potluck.corpus.batches import Batches, documents_drawn
 from potluck.corpus.shards import Corpus, Holding, build_corpus
+from potluck.corpus.tokenizer import Vocabulary
+from potluck.edit.layout import layout_of
+from potluck.edit.together.claims import read_secret
+from potluck.edit.together.maps import Maps, maps_of
+from potluck.edit.together.site import Site
 from potluck.engine.inprocess import InProcess
-from potluck.errors import RecipeError
+from potluck.errors import EditError, RecipeError
 from potluck.local.network import Network, device_named, place
 from potluck.local.optimizers import InnerOptimizer
 from potluck.local_state import LocalState, new_state, restore_state, state_facts, state_tensors
@@ -71,6 +78,8 @@ class Embedded:
     def __init__(self, workplace: Workplace, variant: Variant, recipe: Recipe) -> None:
         self.workplace, self.variant, self.recipe = workplace, variant, recipe
         self.fragments = fragments_in(workplace.network, recipe)
+        if variant.kind != "together":  # facts are edited together or not at all
+            recipe = self.recipe = recipe.model_copy(update={"editing": None})
         self.participants = _participants(workplace, recipe, variant, self.fragments)
 
     def engine(self) -> InProcess:
@@ -85,8 +94,13 @@ class Embedded:
         )
 
     def identity(self) -> Facts:
-        """Tokenizer, text and the shapes of the network."""
-        return identity(self.workplace)
+        """Tokenizer, text, edits and the shapes of the network."""
+        edits = {} if self.recipe.editing is None else {"edits": _edit_hashes(self.recipe)}
+        return identity(self.workplace) | edits
+
+    def maps(self) -> Maps:
+        """Where the layers that the recipe edits lie in the shared state."""
+        return edited_maps(self.workplace.network, self.recipe)
 
     def description(self) -> Facts:
         """Everybody's holding, and the machine."""
@@ -135,6 +149,34 @@ def fragments_in(network: Network, recipe: Recipe) -> tuple[Fragment, ...]:
         return fragments_of([(entry.name, entry.shape) for entry in network.flat.manifest], recipe.fragments)
     except ValueError as error:
         raise RecipeError(f"rounds.streaming.fragments: {error}") from None
+
+
+def edited_maps(network: Network, recipe: Recipe) -> Maps:
+    """Where the layers that a recipe edits lie in a network's vector; none if it edits none.
+
+    Raises:
+        EditError, ModelError: They are not there, or it is not known where the model keeps facts.
+    """
+    if recipe.editing is None:
+        return {}
+    return maps_of(layout_of(network.model), network.flat.manifest, recipe.editing.layers)
+
+
+def site_in(
+    network: Network,
+    recipe: Recipe,
+    name: str,
+    vocabulary: Vocabulary,
+    tokens: np.ndarray,
+    edits: str | None,
+    secret: bytes | None,
+) -> Site | None:
+    """A participant's side of the edits of a recipe; ``None`` if there are none."""
+    if recipe.editing is None:
+        return None
+    maps, length = edited_maps(network, recipe), recipe.local.sequence_length
+    own = None if edits is None else Path(edits)
+    return Site(name, network, vocabulary, recipe.editing, maps, own, secret, tokens, length, recipe.seed)
 
 
 def environment(network: Network) -> dict[str, Any]:
@@ -192,6 +234,12 @@ def _participants(
     optimizer = InnerOptimizer(recipe.local.optimizer, network.flat, embeddings(network.model))
     batches = {name: batches_of(recipe, holding) for name, holding in holdings.items()}
     idle = LocalState(torch.empty(0))
+    edits, secret = {p.name: p.edits for p in recipe.participants}, _secret(recipe)
+
+    def editor(name: str, holding: Holding) -> Site | None:
+        tokens = holding.train.tokens
+        return site_in(network, recipe, name, workplace.corpus.vocabulary, tokens, edits.get(name), secret)
+
     everybody = {
         name: Participant(
             name,
@@ -202,6 +250,9 @@ def _participants(
             holding.validation,
             new_state(network, optimizer, recipe, fragments) if name in variant.trainers else replace(idle),
             fragments,
+            editor=site_in(
+                network, recipe, name, workplace.corpus.vocabulary, holding.train.tokens, edits.get(name), secret
+            ),
         )
         for name, holding in holdings.items()
     }
@@ -210,3 +261,18 @@ def _participants(
         state = new_state(network, optimizer, recipe, fragments)
         everybody[name] = Participant(name, recipe, network, optimizer, tuple(batches.values()), None, state, fragments)
     return everybody
+
+
+def _secret(recipe: Recipe) -> bytes:
+    """The participants' secret; in one process it hides nothing from anybody."""
+    if recipe.editing is not None and recipe.editing.secret is not None:
+        return read_secret(Path(recipe.editing.secret))
+    return hashlib.sha256(f"{recipe.name} {recipe.seed}".encode()).digest()
+
+
+def _edit_hashes(recipe: Recipe) -> dict[str, str]:
+    """SHA-256 of each participant's edits."""
+    try:
+        return {p.name: hashlib.sha256(Path(p.edits).read_bytes()).hexdigest() for p in recipe.participants if p.edits}
+    except OSError as error:
+        raise EditError(f"{error.filename}: cannot be read as edits ({error.strerror})") from None

@@ -19,6 +19,7 @@
     │   └── Damaged             what came is not what was announced
     ├── InviteError        12   an invite or a key cannot be used
     ├── PolicyError        13   a participant does not allow what it is asked
+    ├── EditError          14   edits, or what is to be forgotten, are wrong or contradict each other
     └── Interrupted       130   stopped by Ctrl-C or SIGTERM, resumable
 
 Exit code 0 is success and 2 a mistake on the command line; an unforeseen exception leaves with 1
@@ -122,6 +123,12 @@ class PolicyError(PotluckError):
     """A participant does not allow what it is asked."""
 
     exit_code = 13
+
+
+class EditError(PotluckError):
+    """Edits, or what is to be forgotten, are wrong or contradict each other; the model is as it was."""
+
+    exit_code = 14
 
 
 class Interrupted(PotluckError):

@@ -25,7 +25,9 @@ from potluck.corpus.tokenizer import (
     save_vocabulary,
     vocabulary_from_words,
 )
-from potluck.embedded import environment, fragments_in
+from potluck.edit.together.maps import Maps
+from potluck.edit.together.sums import message_bytes
+from potluck.embedded import edited_maps, environment, fragments_in
 from potluck.engine.nats.coordinator import NatsEngine, Post
 from potluck.engine.nats.frames import signed
 from potluck.engine.nats.members import Members
@@ -54,6 +56,7 @@ class Hosted:
     Attributes:
         layout: Names and shapes of the model's parameters.
         holdings: What each participant said it holds when it first joined, by name.
+        edited: Where the layers that the recipe edits lie in the shared state.
     """
 
     nats: NatsEngine
@@ -64,6 +67,7 @@ class Hosted:
     layout: list[list[Any]]
     machine: dict[str, Any]
     holdings: Path
+    edited: Maps
 
     def engine(self) -> Engine:
         """What reaches the participants."""
@@ -81,6 +85,10 @@ class Hosted:
             known.get(name, {"name": name, "content_hash": "", **nothing}) for name in self.recipe.participant_names
         ]
         return {"participants": people, "environment": self.machine}
+
+    def maps(self) -> Maps:
+        """Where the edited layers lie."""
+        return self.edited
 
     def saved(self) -> tuple[Facts, Parts]:
         """Nothing: participants keep their state themselves."""
@@ -121,7 +129,9 @@ def gather(
     network = place(build_model(recipe.model, vocabulary.size, vocabulary.end_of_text, recipe.seed), recipe.compute)
     fragments = fragments_in(network, recipe)
     messages = Messages(recipe, tuple((entry.name, entry.shape) for entry in network.flat.manifest))
-    engine.max_reply_bytes = max(map(messages.update, range(len(fragments)))) + _HEADROOM
+    edited = edited_maps(network, recipe)
+    statistics = 0 if recipe.editing is None else message_bytes(edited, recipe.editing)
+    engine.max_reply_bytes = max(statistics, *map(messages.update, range(len(fragments)))) + _HEADROOM
     say_about(post, recipe, vocabulary, network)
     holdings = folder / "host" / "holdings.json"
     members.unfit = _fitness(holdings, vocabulary, layout_hash(network))
@@ -134,6 +144,7 @@ def gather(
         network.layout,
         environment(network),
         holdings,
+        edited,
     )
     _wait(engine, recipe.engine.start_with or len(recipe.participant_names), journal, stop, reading=False)
     for name, member in members.of.items():
@@ -144,12 +155,16 @@ def gather(
 def say_about(post: Post, recipe: Recipe, vocabulary: Vocabulary | None, network: Network | None) -> None:
     """Tell participants what the run is: recipe without anybody's sources or paths, vocabulary, the model's layout."""
     bare = recipe.model_copy(
-        update={"participants": tuple(p.model_copy(update={"source": None}) for p in recipe.participants)}
+        update={
+            "participants": tuple(p.model_copy(update={"source": None, "edits": None}) for p in recipe.participants)
+        }
     )
     raw = bare.model_dump(mode="json", exclude_none=True, exclude={"records": {"folder"}, "compute": True})
     for table in ("model", "tokenizer"):
         if "path" in raw[table]:
             raw[table]["path"] = "elsewhere"
+    for key in {"secret", "decisions"} & raw.get("editing", {}).keys():
+        raw["editing"][key] = "elsewhere"
     facts: dict[str, Any] = {"run": post.names.run, "recipe": raw}
     payload = b""
     if vocabulary is not None and network is not None:

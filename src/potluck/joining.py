@@ -32,7 +32,8 @@ from potluck.compose.decoding.participants import KIND as PREDICT
 from potluck.contribution import Contribution
 from potluck.corpus.shards import Corpus, Holding, build_corpus
 from potluck.corpus.tokenizer import Vocabulary, vocabulary_of
-from potluck.embedded import batches_of, environment, fragments_in, holding_facts
+from potluck.edit.together.claims import read_secret
+from potluck.embedded import batches_of, environment, fragments_in, holding_facts, site_in
 from potluck.engine.nats.coordinator import Post
 from potluck.engine.nats.site import Received, Site, read_about
 from potluck.errors import EngineError, Interrupted, ModelError, PolicyError, PotluckError, TrainingError
@@ -41,7 +42,8 @@ from potluck.local.optimizers import InnerOptimizer
 from potluck.local_state import LocalState, new_state
 from potluck.local_store import Answer, LocalStore, layout_hash
 from potluck.models.build import build_model, embeddings
-from potluck.participant import Participant
+from potluck.models.flat import state_hash
+from potluck.participant import CHANGED, EDITING, Participant
 from potluck.recipe import Recipe
 from potluck.recipe.part import Policy
 from potluck.records.journal import Journal
@@ -61,6 +63,8 @@ class Joined:
         folder: Where its state is kept.
         stop: Whether it was asked to leave.
         predicts_with: Its own model, if others may ask it.
+        edits: Its own edits.
+        edit_secret: File with the secret that the participants share.
     """
 
     site: Site
@@ -71,6 +75,8 @@ class Joined:
     journal: Journal
     stop: Callable[[], bool]
     predicts_with: Path | None = None
+    edits: str | None = None
+    edit_secret: Path | None = None
     done: int = -1  # revision from which the state in memory was trained
     tasks: int = 0
     worked_seconds: float = 0.0  # at tasks of all kinds ...
@@ -187,8 +193,12 @@ def _prepare(joined: Joined, vocabulary: Vocabulary) -> tuple[Participant, Local
     store = LocalStore(joined.folder, identity, keep=2 * recipe.records.checkpoint_every + 4)
     batches = (batches_of(recipe, holding),)
     predictor = _predictor(joined, vocabulary)
+    if joined.edits is not None and recipe.editing is None:
+        joined.journal("this run edits no facts: the edits that are named here stay unused")
+    secret = None if joined.edit_secret is None else read_secret(joined.edit_secret)
+    editor = site_in(network, recipe, name, vocabulary, holding.train.tokens, joined.edits, secret)
     participant = Participant(
-        name, recipe, network, optimizer, batches, holding.validation, state, fragments, predictor
+        name, recipe, network, optimizer, batches, holding.validation, state, fragments, predictor, editor
     )
     state.shared = store.shared()
     joined.site.say(
@@ -311,7 +321,9 @@ def _perform(joined: Joined, participant: Participant, store: LocalStore, receiv
     except (PolicyError, TrainingError) as error:
         joined.journal(f"task {received.name}: {error}")
         return Answer(None, str(error))
-    if task.kind == PREDICT:  # it changes nothing, and is answered again as easily
+    if task.kind in EDITING and state.shared is not None and any(not n.startswith(CHANGED) for n in task.tensors):
+        store.keep_shared(state.shared, state_hash(state.shared))
+    if task.kind == PREDICT or task.kind in EDITING:  # it changes nothing, and is answered again as easily
         return Answer(contribution, "")
     if task.tensors and state.shared is not None:
         store.keep_shared(state.shared, task.state)

@@ -24,6 +24,7 @@ from potluck.engine.nats.subjects import COORDINATOR, Names
 from potluck.errors import InviteError, PolicyError, RunFolderError, StorageError
 from potluck.hosting import gather, start_engine
 from potluck.joining import Joined, attend, understand
+from potluck.participant import EDITING
 from potluck.preflight import forecast
 from potluck.recipe import Recipe, load_recipe, recipe_hash
 from potluck.recipe.engine import Nats
@@ -138,7 +139,10 @@ def join(url: str | None, invite_path: Path, part: Part, options: Joining, conso
             site = Site(post, invite.participant, recipe.engine, journal)
             mine = local_recipe(recipe, invite.participant, part, str(folder / "shards"))
             own = None if part.predicts_with is None else Path(part.predicts_with)
-            joined = Joined(site, invite.participant, mine, part.policy, folder, journal, stopping, own)
+            secret = None if part.edit_secret is None else Path(part.edit_secret)
+            joined = Joined(
+                site, invite.participant, mine, part.policy, folder, journal, stopping, own, part.edits, secret
+            )
             try:
                 return attend(joined)
             finally:
@@ -219,7 +223,7 @@ def _agree(asks: Asks, part: Part, invite: Invite, options: Joining, console: Co
 def _hosted_recipe(path: Path, settings: Sequence[str], console: Console) -> Recipe:
     """The recipe with the nats engine and without anybody's source: those are named where participants join."""
     recipe = load_recipe(path, [*settings, "engine={kind='nats'}"])
-    bare = tuple(p.model_copy(update={"source": None, "profile": None}) for p in recipe.participants)
+    bare = tuple(p.model_copy(update={"source": None, "profile": None, "edits": None}) for p in recipe.participants)
     recipe = recipe.model_copy(update={"participants": bare})
     for warning in forecast(recipe).warnings:
         console.print(f"[yellow]warning:[/] {warning}", highlight=False)
@@ -293,7 +297,8 @@ def _connected(access: Access, journal: Callable[[str], None]) -> Iterator[Conne
 
 
 def _tell_how_to_join(premises: Premises, recipe: Recipe, console: Console) -> None:
-    allow = " --allow words" if recipe.tokenizer.kind == "bpe" else ""
+    kinds = [*(["words"] if recipe.tokenizer.kind == "bpe" else []), *(EDITING if recipe.editing else [])]
+    allow = "".join(f" --allow {kind}" for kind in kinds)
     console.print(f"server: {' '.join(premises.place.urls)}   run: {premises.names.run}", highlight=False)
     console.print("send each participant its invite (a secret), and this line:", highlight=False)
     for path in premises.invites.values():

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -15,7 +16,7 @@ from potluck.compose.decoding.participants import answered
 from potluck.contribution import Contribution, Task
 from potluck.corpus.batches import Batches
 from potluck.corpus.shards import Shard
-from potluck.errors import TrainingError
+from potluck.errors import EditError, TrainingError
 from potluck.local.evaluate import negative_log_likelihood
 from potluck.local.network import Network
 from potluck.local.optimizers import InnerOptimizer
@@ -32,6 +33,20 @@ from potluck.updates.download import absorb
 from potluck.updates.fragments import Fragment
 from potluck.updates.links import link_of, pack
 
+CLAIMS = "claims"
+EDITING = (CLAIMS, "moments", "edit")  # kinds of tasks of an edit by many (`potluck.edit.together`)
+CHANGED = "changed."  # before a layer's number: its map, as an edit that is under way has left it
+
+
+class Editor(Protocol):
+    """What answers the tasks of an edit by many."""
+
+    def answer(self, task: Task, start: Tensor, now: Tensor) -> Contribution:
+        """The answer, from the shared state at the start of the edit and from what it is by now."""
+
+    def changed(self, start: Tensor, maps: Mapping[int, Tensor]) -> Tensor:
+        """The shared state with other maps at some layers."""
+
 
 @dataclass(frozen=True)
 class Participant:
@@ -44,6 +59,7 @@ class Participant:
         network, optimizer: Shared by all participants of a process; they take turns.
         fragments: Parts of the model that are exchanged in turn.
         predictor: A model of its own, which answers questions for next tokens.
+        editor: Holds its edits and answers for them.
     """
 
     name: str
@@ -55,6 +71,7 @@ class Participant:
     state: LocalState
     fragments: tuple[Fragment, ...]
     predictor: NextToken | None = None
+    editor: Editor | None = None
 
     def perform(self, task: Task) -> Contribution:
         """Do a task.
@@ -62,12 +79,14 @@ class Participant:
         Raises:
             TrainingError: The kind of task is not known here, or training failed.
         """
-        known = (*_TASKS, PREDICT)
+        known = (*_TASKS, PREDICT, *EDITING)
         if task.kind not in known:
             raise TrainingError(f"{self.name} does not know how to {task.kind!r}", f"known: {', '.join(known)}")
         try:
             if task.kind == PREDICT:  # it brings a question, not the shared state
                 return predict(self, task)
+            if task.kind in EDITING:
+                return edit(self, task)
             shared = absorb(self.recipe.updates.download, self.fragments, task.tensors, self.state.shared)
             self.state.shared = shared
             if task.state and state_hash(shared) != task.state:
@@ -175,6 +194,30 @@ def predict(participant: Participant, task: Task) -> Contribution:
     if participant.predictor is None:
         raise TrainingError(f"{participant.name} has no model of its own to predict with")
     return answered(participant.predictor, task)
+
+
+def edit(participant: Participant, task: Task) -> Contribution:
+    """A participant's answer in an edit by many, about the shared state and the layers that the edit has changed.
+
+    The shared state stays what it is until the coordinator says otherwise.
+    """
+    editor, state = participant.editor, participant.state
+    if editor is None:
+        raise TrainingError(f"{participant.name} takes part in no edits")
+    maps = {name: tensor for name, tensor in task.tensors.items() if name.startswith(CHANGED)}
+    rest = {name: tensor for name, tensor in task.tensors.items() if name not in maps}
+    start = now = torch.empty(0)
+    try:
+        if task.kind != CLAIMS:
+            start = absorb(participant.recipe.updates.download, participant.fragments, rest, state.shared)
+            state.shared = start
+            now = editor.changed(start, {int(name.removeprefix(CHANGED)): tensor for name, tensor in maps.items()})
+            if state_hash(now) != task.state:
+                state.shared = None  # the coordinator will send all of it
+                raise TrainingError("the shared state here is not the one that the task names")
+        return editor.answer(replace(task, tensors=rest), start, now)
+    except (EditError, ValueError) as error:
+        raise TrainingError(str(error)) from error
 
 
 _TASKS: Mapping[str, Callable[[Participant, Task, Tensor], Contribution]] = {

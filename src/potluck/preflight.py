@@ -254,9 +254,9 @@ def _warnings(recipe: Recipe, epochs: float | None) -> Iterator[str]:
     rounds, names = recipe.rounds, recipe.participant_names
     if "sampling" in rounds.model_fields_set and recipe.asked_per_round == len(names):
         yield "rounds.sampling has no effect: everybody is asked each round"
-    if rounds.evaluate_every > rounds.count:
+    if rounds.evaluate_every > max(1, rounds.count):
         yield f"rounds.evaluate_every {rounds.evaluate_every}: only the first state and the last are evaluated"
-    if recipe.records.checkpoint_every > rounds.count:
+    if recipe.records.checkpoint_every > max(1, rounds.count):
         yield f"records.checkpoint_every {recipe.records.checkpoint_every}: only the first state and the last are saved"
     steps = rounds.count // recipe.fragments
     if isinstance(recipe.outer, OuterNesterov) and recipe.outer.momentum >= 0.9 and steps < 100:

@@ -15,8 +15,10 @@ from torch import Tensor
 
 import potluck
 from potluck.aggregation.mean import WeightedMean
+from potluck.edit.together.maps import Maps
+from potluck.edit_rounds import EditRounds
 from potluck.engine.protocol import Engine
-from potluck.errors import CheckpointError
+from potluck.errors import CheckpointError, EditError
 from potluck.recipe import Recipe, recipe_hash
 from potluck.records.checkpoint import (
     Checkpoint,
@@ -48,6 +50,9 @@ class Side(Protocol):
 
     def description(self) -> Facts:
         """What the first event says of participants and machine."""
+
+    def maps(self) -> Maps:
+        """Where the layers that the recipe edits lie in the shared state; none if it edits none."""
 
     def saved(self) -> tuple[Facts, Parts]:
         """What of the participants' state goes into the run's checkpoint: facts by participant, and tensors."""
@@ -83,6 +88,7 @@ class Run:
     ) -> None:
         self.recipe, self.folder, self.variant, self.side = recipe, folder, variant, side
         self.shared = begin(recipe, initial.clone(), fragments)
+        self.edits = EditRounds(recipe, side.maps())
         self.best: tuple[float, int] | None = None
         self.continued = checkpoint is not None
         self._began, self._earlier_seconds = time.monotonic(), 0.0
@@ -106,10 +112,14 @@ class Run:
                 self.log.write("run_resumed", round=self.shared.revision)
             else:
                 self.log.write("run_started", **self._description())
-                self.save(evaluate_shared(engine, self.shared, self.log, self.recipe.deadline))
+                score = evaluate_shared(engine, self.shared, self.log, self.recipe.deadline)
+                self.save(self._amend(engine, score)[1])
+            if self.continued and self.edits.due(self.shared.revision):  # what stood in its way may be mended
+                self.save(self._amend(engine, None)[1])
             mean = WeightedMean(self.shared.theta.numel())
             trainers = self.variant.trainers
-            run_rounds(self.recipe, trainers, engine, mean, self.shared, self.log, self.save, stop_requested)
+            amend = lambda score: self._amend(engine, score)  # noqa: E731
+            run_rounds(self.recipe, trainers, engine, mean, self.shared, self.log, self.save, stop_requested, amend)
             self.log.write(
                 "run_finished",
                 rounds=self.shared.revision,
@@ -119,6 +129,16 @@ class Run:
             )
         finally:
             self.log.close()
+
+    def _amend(self, engine: Engine, score: float | None) -> tuple[bool, float | None]:
+        """Edit the shared state if its time has come; what it was is saved if that fails."""
+        if not self.edits.due(self.shared.revision):
+            return False, score
+        try:
+            return True, self.edits.edit(engine, self.shared, self.log)
+        except EditError:
+            self.save(score)
+            raise
 
     def _seconds(self) -> float:
         """Wall time of this run, that of its earlier sessions up to their last checkpoint included."""
@@ -131,6 +151,7 @@ class Run:
             self.best = (score, number)
         self.log.write("checkpoint", round=number, state_hash=digest)
         participants, parts = self.side.saved()
+        editing, past = self.edits.saved()
         facts = {
             "recipe": recipe_hash(self.recipe),
             "variant": _variant_facts(self.variant),
@@ -142,9 +163,10 @@ class Run:
             "best": self.best,
             "seconds": self._seconds(),
             "participants": participants,
+            "editing": editing,
         }
         shared: Parts = {"shared": {"theta": self.shared.theta}, "outer": self._coordinator_tensors()}
-        save_checkpoint(self._checkpoints, number, facts, {**shared, **parts})
+        save_checkpoint(self._checkpoints, number, facts, {**shared, **({"past": past} if past else {}), **parts})
         keep_best = self.best[1] if self.best is not None and self.recipe.records.keep_best else None
         prune_checkpoints(self._checkpoints, self.recipe.records.keep_last, keep_best)
 
@@ -163,6 +185,8 @@ class Run:
         self.shared.lost = set(facts["lost"])
         self.best = tuple(facts["best"]) if facts["best"] else None
         self._earlier_seconds = facts["seconds"]
+        if "editing" in facts:
+            self.edits.restore(facts["editing"], parts.get("past", {}))
         self.side.restore(checkpoint)
 
     def _coordinator_tensors(self) -> dict[str, Tensor]:

@@ -131,6 +131,21 @@ def show_result(result: Mapping[str, Any]) -> None:
             console.print(f"{key.replace('_', ' ')}: {result[key]}", markup=False)
 
 
+def show_facts(result: Mapping[str, Any]) -> None:
+    """A result of figures: each on a line, and of nested ones a table."""
+    console = Console(highlight=False, soft_wrap=True)
+    for key, value in result.items():
+        label = key.replace("_", " ")
+        if isinstance(value, Mapping):
+            table = Table(label, *map(str, range(len(next(iter(value.values()))))), title_justify="left")
+            for name, row in value.items():
+                table.add_row(name, *(f"{number:.2f}" for number in row))
+            console.print(table)
+        elif value is not None:
+            text = f"{value:.4g}" if isinstance(value, float) else value
+            console.print(f"{label}: {', '.join(map(str, text)) if isinstance(text, list) else text}", markup=False)
+
+
 def show_asks(asks: Asks, part: Part, invite: Invite, console: Console) -> None:
     """What a run asks of a participant, beside what the participant allows, before it joins."""
     policy = part.policy

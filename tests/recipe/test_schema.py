@@ -21,7 +21,7 @@ Tables = dict[str, Any]
 # Fractions, rates and flags without a dimension: every other number says what it counts.
 WITHOUT_UNIT = {
     "version", "seed", "learning_rate", "adamw_learning_rate", "epsilon", "weight_decay", "clip_norm", "proximal",
-    "alpha", "norm", "max_update_norm",
+    "alpha", "norm", "max_update_norm", "world_seed",
 }  # fmt: skip
 
 
@@ -174,7 +174,7 @@ def test_an_alternative_without_its_kind_asks_for_it(tables: Tables, where: str)
 @pytest.mark.parametrize(
     ("where", "value"),
     [
-        ("seed", -1), ("seed", 2**32), ("rounds.count", 0), ("rounds.count", 1.5), ("rounds.fraction", 0.0),
+        ("seed", -1), ("seed", 2**32), ("rounds.count", -1), ("rounds.count", 1.5), ("rounds.fraction", 0.0),
         ("rounds.fraction", 1.1), ("data.validation_fraction", 0.0), ("data.validation_fraction", 1.0),
         ("local.batch_size", 0), ("local.sequence_length", 1), ("local.clip_norm", -1.0), ("outer.learning_rate", 0.0),
         ("outer.learning_rate", float("inf")), ("outer.learning_rate", float("nan")), ("local.proximal", float("inf")),

@@ -5,9 +5,9 @@ from __future__ import annotations
 import errno
 import json
 import os
-import signal
 import resource
 import shutil
+import signal
 import subprocess
 from collections.abc import Callable, Iterator
 from pathlib import Path

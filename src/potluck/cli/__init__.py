@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from potluck import __version__
-from potluck.cli import composing, runs
+from potluck.cli import composing, edit, forget, runs
 from potluck.cli.options import print_json
 from potluck.errors import PotluckError
 
@@ -21,6 +21,8 @@ app = typer.Typer(
 )
 app.add_typer(runs.verbs)
 app.add_typer(composing.verbs)
+app.add_typer(edit.edit, name="edit")
+app.add_typer(forget.verbs)
 
 
 @app.callback(invoke_without_command=True)

@@ -55,6 +55,16 @@ def print_result(result: Mapping[str, Any], as_json: bool) -> None:
         show_result(result)
 
 
+def print_facts(result: Mapping[str, Any], as_json: bool) -> None:
+    """A result that is all figures."""
+    if as_json:
+        print_json(result)
+    else:
+        from potluck.show import show_facts
+
+        show_facts(result)
+
+
 def print_json(result: Mapping[str, Any]) -> None:
     """A result as JSON, on standard output."""
     typer.echo(json.dumps(result, indent=2, default=str))

@@ -29,6 +29,7 @@ from potluck.cli.options import (
     SetOption,
     address_of,
     parsed,
+    print_facts,
     print_json,
     print_result,
     progress,
@@ -229,16 +230,30 @@ def doctor(
 
 @verbs.command()
 def evaluate(
-    run: RunArgument,
+    run: Annotated[Path, typer.Argument(metavar="RUN_OR_MODEL", help="A run folder; with --edits, or a model folder.")],
     model: Annotated[Path | None, typer.Option(help="Evaluate this model folder in place of the run's model.")] = None,
     number: RoundOption = None,
     best: BestOption = False,
+    edits: Annotated[Path | None, typer.Option(help="Ask a model folder, or RUN/model, whether edits hold.")] = None,
+    before: Annotated[Path | None, typer.Option(help="With --edits: the unedited model, for locality.")] = None,
+    text: Annotated[Path | None, typer.Option(help="With --edits: text whose loss is measured, too.")] = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Bits per byte of a run's model on every participant's held-out text."""
-    from potluck.commands import evaluate as measure
+    """Bits per byte of a run's model on every participant's held-out text; or how well edits hold."""
+    if edits is None:
+        for option, value in (("--before", before), ("--text", text)):
+            if value is not None:
+                raise typer.BadParameter("only with --edits", param_hint=option)
+        from potluck.commands import evaluate as measure
 
-    print_result(measure(run, progress(), model, number, best), as_json)
+        print_result(measure(run, progress(), model, number, best), as_json)
+        return
+    for option, given in (("--model", model), ("--round", number), ("--best", best)):
+        if given:
+            raise typer.BadParameter("has no effect with --edits", param_hint=option)
+    from potluck.edit.evaluating import evaluate_edits
+
+    print_facts(evaluate_edits(run / "model" if (run / "run.json").exists() else run, edits, before, text), as_json)
 
 
 @verbs.command()

@@ -35,12 +35,17 @@ class Base:
 
     @cached_property
     def content_hash(self) -> str:
-        """SHA-256 over names, shapes and values of its weights: parts of another base do not fit."""
-        digest = hashlib.sha256()
-        for name, tensor in sorted(self.model.state_dict().items()):
-            digest.update(f"{name} {tuple(tensor.shape)}\n".encode())
-            digest.update(np.ascontiguousarray(tensor.detach().float().cpu().numpy()).data)
-        return digest.hexdigest()
+        """Hash of its weights when first asked for: parts of another base do not fit."""
+        return weights_hash(self.model)
+
+
+def weights_hash(model: PreTrainedModel) -> str:
+    """SHA-256 over names, shapes and values of a model's weights as they are now."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(model.state_dict().items()):
+        digest.update(f"{name} {tuple(tensor.shape)}\n".encode())
+        digest.update(np.ascontiguousarray(tensor.detach().float().cpu().numpy()).data)
+    return digest.hexdigest()
 
 
 def load_base(folder: Path) -> Base:

@@ -17,8 +17,9 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
+from potluck.corpus.world import documents_of
 from potluck.errors import CorpusError, MissingExtra
-from potluck.recipe.sources import Folder, HubDataset, JsonLines, Package, SeparatedFile, Source
+from potluck.recipe.sources import Folder, HubDataset, JsonLines, Package, SeparatedFile, Source, World
 
 MAX_DOCUMENT_BYTES = 1 << 28  # a document is held in memory
 _NOT_A_PACKAGES_TEXT = frozenset({"test", "tests", "__pycache__"})
@@ -68,6 +69,8 @@ def text_bytes(source: Source) -> int | None:
     """
     if isinstance(source, HubDataset):
         return None
+    if isinstance(source, World):
+        return sum(len(document.text) for document in _read_world(source))
     with _reading(source):
         size = sum(path.stat().st_size for _, path in _files(source))
     if size == 0:
@@ -89,6 +92,10 @@ def fingerprint(source: Source) -> str:
     with _reading(source):
         if isinstance(source, HubDataset):
             digest.update(str(_dataset(source)._fingerprint).encode())
+            return digest.hexdigest()
+        if isinstance(source, World):
+            for document in _read_world(source):
+                digest.update(document.text.encode())
             return digest.hexdigest()
         for name, path in _files(source):
             try:
@@ -126,6 +133,17 @@ def _read(source: Source) -> Iterator[Document]:
             return _read_separated(source)
         case HubDataset():
             return _read_dataset(source)
+        case World():
+            return _read_world(source)
+
+
+def _read_world(source: World) -> Iterator[Document]:
+    texts = documents_of(source.world, source.first, source.world_seed, source.tellings)
+    try:
+        for number, text in enumerate(texts):
+            yield Document(str(number), text, "")
+    except ValueError as error:
+        raise CorpusError(f"{place(source)}: {error}") from None
 
 
 # --- files -------------------------------------------------------------------------------------

@@ -20,3 +20,8 @@ def register(model_type: object = None) -> None:
 
         AutoConfig.register("potluck_mixture", MixtureConfig, exist_ok=True)
         AutoModelForCausalLM.register(MixtureConfig, MixtureForCausalLM, exist_ok=True)
+    if model_type in (None, "potluck_edited"):
+        from potluck.models.memory import EditedConfig, EditedForCausalLM
+
+        AutoConfig.register("potluck_edited", EditedConfig, exist_ok=True)
+        AutoModelForCausalLM.register(EditedConfig, EditedForCausalLM, exist_ok=True)

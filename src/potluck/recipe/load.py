@@ -19,7 +19,7 @@ from potluck.recipe.schema import Recipe
 
 # A table of alternatives is replaced as a whole: half a model folder and half a preset mean nothing.
 _WHOLE_TABLES = {"source", "model", "split"}
-_PATH_KEYS = {"path", "jsonl", "file", "predicts_with"}
+_PATH_KEYS = {"path", "jsonl", "file", "predicts_with", "edits", "edit_secret", "secret", "decisions"}
 
 
 def load_recipe(path: str | Path, settings: Sequence[str] = ()) -> Recipe:
@@ -63,6 +63,8 @@ def recipe_hash(recipe: Recipe) -> str:
     Where text, tokenizer and model lie is left out: a checkpoint names their content.
     """
     content = recipe.model_dump(mode="json", exclude={"records": True, "compute": True, "data": {"shards"}})
+    if recipe.editing is None:
+        del content["editing"]
     content["engine"] = {"kind": recipe.engine.kind}  # how messages travel does not change what they say
     return hashlib.sha256(json.dumps(_without_paths(content), sort_keys=True).encode()).hexdigest()
 

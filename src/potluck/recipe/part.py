@@ -14,7 +14,7 @@ from potluck.recipe.load import absolute_paths, explain
 from potluck.recipe.sources import Source
 from potluck.recipe.table import Table, setting
 
-Kind = Literal["train", "stream", "eager", "evaluate", "words", "predict"]
+Kind = Literal["train", "stream", "eager", "evaluate", "words", "predict", "claims", "moments", "edit"]
 
 
 class Policy(Table):
@@ -23,7 +23,9 @@ class Policy(Table):
     kinds: tuple[Kind, ...] = setting(
         ("train", "stream", "eager", "evaluate"),
         "Kinds of tasks. `words` gives away how often each word stands in the text; a trained tokenizer needs it. "
-        "`predict` lets others ask the model `predicts_with`; whoever asks enough can learn what it knows.",
+        "`predict` lets others ask the model `predicts_with`; whoever asks enough can learn what it knows. "
+        "`claims`, `moments` and `edit` are for a run that edits facts (`[editing]`): keyed hashes of the edits, "
+        "sums over the text's keys, and sums over the edits' keys and residuals.",
     )
     max_local_steps: int = setting(10_000, "Local steps in one task, at most.", unit="local steps", ge=1)
     max_bytes: int = setting(16 << 30, "Tensors of one message, either way, at most.", unit="bytes", ge=1)
@@ -44,6 +46,10 @@ class Part(Table):
     predicts_with: str | None = setting(
         None, "Its own model folder, with the run's tokenizer: what answers tasks of kind `predict`."
     )
+    edits: str | None = setting(None, "Its edits, a JSON file, for a run with `[editing]`; they stay here.")
+    edit_secret: str | None = setting(
+        None, "File with the secret that the participants share and the coordinator does not have."
+    )
     device: str = setting("auto", "`auto`, `cpu`, `cuda` or `cuda:N`.", pattern=r"^(auto|cpu|cuda(:[0-9]+)?)$")
     threads: int = setting(0, "CPU threads; 0 leaves the choice to torch.", unit="threads", ge=0)
     policy: Policy = setting(Policy(), "What the coordinator may ask.")
@@ -52,6 +58,12 @@ class Part(Table):
     def _predicts(self) -> Part:
         if (self.predicts_with is None) == ("predict" in self.policy.kinds):
             raise ValueError("to answer `predict`, set predicts_with and allow it in policy.kinds: one needs the other")
+        return self
+
+    @model_validator(mode="after")
+    def _edits(self) -> Part:
+        if self.edits is not None and self.edit_secret is None:
+            raise ValueError("to edit, set edit_secret as well: participants hash what they edit with one secret")
         return self
 
 

@@ -13,6 +13,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Discriminator, Field, Tag, model_validator
 
 from potluck.recipe.adaptive import adaptive_faults
+from potluck.recipe.editing import Editing, editing_faults
 from potluck.recipe.engine import HOUR, Engine, InProcess, Nats, engine_faults
 from potluck.recipe.local import Local
 from potluck.recipe.sources import Data, Participant
@@ -100,7 +101,7 @@ Model = Annotated[
 class Rounds(Table):
     """How often, who, and how much."""
 
-    count: int = setting(10, "Rounds of the run.", unit="rounds", ge=1)
+    count: int = setting(10, "Rounds of the run; 0 only edits a model (`[editing]`).", unit="rounds", ge=0)
     local_steps: int | None = setting(
         None, "Local steps per round (H); 20 if `local_tokens` is left out too.", unit="local steps", ge=1
     )
@@ -239,6 +240,7 @@ class Recipe(Table):
     outer: Outer = setting(OuterSgd(), "The outer optimizer.")
     updates: Updates = setting(Updates(), "How updates travel: compression and download.")
     compute: Compute = setting(Compute(), "Device and precision.")
+    editing: Editing | None = setting(None, "Facts that are changed together; left out: none are.")
     engine: Engine = setting(InProcess(), "What runs the participants.")
     records: Records = setting(Records(), "Run folder and checkpoints.")
 
@@ -365,12 +367,13 @@ def _contradictions(recipe: Recipe) -> Iterator[str]:
     if recipe.rounds.late == "keep" and recipe.rounds.streaming is not None:
         yield "rounds.late and rounds.streaming: what is late is kept only where a round has the whole model"
     warmup = recipe.local.schedule.warmup_steps
-    if warmup >= recipe.total_local_steps:
+    if recipe.rounds.count and warmup >= recipe.total_local_steps:
         yield f"local.schedule.warmup_steps {warmup}: the run has only {recipe.total_local_steps} local steps"
     yield from chain_faults(recipe.updates.links)
     yield from _streaming_faults(recipe)
     yield from adaptive_faults(recipe)
     yield from engine_faults(recipe)
+    yield from editing_faults(recipe)
     profiled = [p.name for p in recipe.participants if p.profile is not None]
     if profiled and len(profiled) < len(names):
         yield "participants.profile: give every participant a profile or none, one clock serves all"

@@ -50,7 +50,16 @@ class HubDataset(Table):
     group_field: str | None = setting(None, "Column that names the document's group.")
 
 
-_SOURCE_KEYS = ("path", "package", "jsonl", "file", "dataset")
+class World(Table):
+    """Sentences about the people of a synthetic world: facts that a model can be asked for, to be edited."""
+
+    world: int = setting(..., "How many people; each has five facts.", unit="people", ge=1, le=336)
+    first: int = setting(0, "Leave out so many people before them.", unit="people", ge=0)
+    tellings: int = setting(20, "How often each phrasing of each fact is told.", unit="times", ge=1, le=1000)
+    world_seed: int = setting(0, "Decides names and facts.", ge=0)
+
+
+_SOURCE_KEYS = ("path", "package", "jsonl", "file", "dataset", "world")
 
 
 def _source_kind(value: Any) -> str | None:
@@ -64,7 +73,8 @@ Source = Annotated[
     | Annotated[Package, Tag("package")]
     | Annotated[JsonLines, Tag("jsonl")]
     | Annotated[SeparatedFile, Tag("file")]
-    | Annotated[HubDataset, Tag("dataset")],
+    | Annotated[HubDataset, Tag("dataset")]
+    | Annotated[World, Tag("world")],
     Discriminator(
         _source_kind,
         custom_error_type="source",
@@ -129,4 +139,7 @@ class Participant(Table):
 
     name: str = setting(..., "Name: letters, digits, `.`, `_`, `-`.")
     source: Source | None = setting(None, "Its text; over `nats` left out: it is named where the participant joins.")
+    edits: str | None = setting(
+        None, "Its edits, a JSON file relative to the recipe; over `nats` it names them in its part, where they stay."
+    )
     profile: Profile | None = setting(None, "A simulated device, for the `inprocess` engine.")

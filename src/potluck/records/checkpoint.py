@@ -61,7 +61,14 @@ def save_checkpoint(folder: Path, number: int, facts: Mapping[str, Any], parts: 
         state.write_text(json.dumps({**content, "own_sha256": _content_hash(content)}, indent=1))
         _sync_and_hash(state)
         _sync_folder(partial)
-        partial.rename(final)
+        if final.exists():  # the state of this round was changed without a round
+            older = folder / f".older-{number:06d}"
+            shutil.rmtree(older, ignore_errors=True)
+            final.rename(older)
+            partial.rename(final)
+            shutil.rmtree(older, ignore_errors=True)
+        else:
+            partial.rename(final)
         _sync_folder(folder)
     except (OSError, SafetensorError) as error:
         shutil.rmtree(partial, ignore_errors=True)

@@ -263,6 +263,10 @@ def _plain_line(standing: _Standing, event: Event) -> str:
             return f"before training  held-out {_bits(standing.union)} bits/byte"
         case "run_interrupted":
             return f"interrupted after round {event['round']}/{standing.planned}"
+        case "edit":
+            kept = "kept" if event["kept"] else f"taken back: {one_line(event['reason'])}"
+            counts = f"{sum(event['edits'].values())} facts of {_people(len(event['edits']))}"
+            return f"round {event['round']}/{standing.planned}  edited {counts}, {kept}"
         case "run_finished":
             held_out = f"  held-out {_bits(standing.union)} bits/byte" if standing.union is not None else ""
             spent = duration_text(event["seconds"])

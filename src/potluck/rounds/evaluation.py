@@ -24,6 +24,13 @@ def evaluate_shared(engine: Engine, shared: SharedState, log: EventLog, deadline
     Returns:
         Bits per byte of the union: all nats over all bytes; ``None`` if a participant with text did not answer.
     """
+    found = measure_shared(engine, shared, deadline)
+    log.write("evaluation", **found)
+    return None if found["union"] is None else float(found["union"]["bits_per_byte"])
+
+
+def measure_shared(engine: Engine, shared: SharedState, deadline: float | None = None) -> dict[str, Any]:
+    """The same without the event: its fields."""
     began = engine.now()
     evaluators = [name for name, info in engine.roster().items() if info.evaluates]
     window = Window(None if deadline is None else began + deadline)
@@ -46,16 +53,14 @@ def evaluate_shared(engine: Engine, shared: SharedState, log: EventLog, deadline
             results[reply.participant] = held_out(float(header["nats"]), int(header["tokens"]), int(header["bytes"]))
     complete = bool(results) and not missing
     union = union_of(results)
-    log.write(
-        "evaluation",
-        round=shared.revision,
-        participants=results,
-        union=union if complete else None,
-        missing=missing,
-        transfers=transfers,
-        seconds=engine.now() - began,
-    )
-    return float(union["bits_per_byte"]) if complete else None
+    return {
+        "round": shared.revision,
+        "participants": results,
+        "union": union if complete else None,
+        "missing": missing,
+        "transfers": transfers,
+        "seconds": engine.now() - began,
+    }
 
 
 def _task(engine: Engine, shared: SharedState, name: str, deadline: float | None) -> Task:

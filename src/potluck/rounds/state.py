@@ -60,6 +60,13 @@ class SharedState:
             self._snapshot = (self.revision, self.theta.clone())
         return self._snapshot[1]
 
+    def put(self, theta: Tensor) -> None:
+        """Make another state the shared one, without an outer step: everybody has to be told all of it."""
+        self.theta.copy_(theta)
+        self._digest, self._snapshot = (-1, ""), None
+        for name in list(self.downloads.held):
+            self.downloads.forget(name)
+
 
 def begin(recipe: Recipe, theta: Tensor, fragments: tuple[Fragment, ...]) -> SharedState:
     """The shared state before the first round."""

@@ -47,6 +47,7 @@ def run_rounds(
     log: EventLog,
     checkpoint: Callable[[float | None], None],
     stop_requested: Callable[[], bool],
+    amend: Callable[[float | None], tuple[bool, float | None]] = lambda score: (False, score),
 ) -> None:
     """Run the rounds that are left, changing ``shared``.
 
@@ -54,6 +55,7 @@ def run_rounds(
         trainers: Who trains; everybody on the engine's roster evaluates.
         checkpoint: Saves everything, given the union's held-out bits per byte if it was just measured.
         stop_requested: Asked after each round.
+        amend: May change the shared state after each round; told the score, it says whether it did, and the new score.
 
     Raises:
         TooFewContributors: A round had fewer contributions than ``rounds.min_contributors``.
@@ -69,9 +71,10 @@ def run_rounds(
         score = None
         if last or shared.revision % settings.evaluate_every == 0:
             score = evaluate_shared(engine, shared, log, recipe.deadline)
+        amended, score = amend(score)
         if stop:
             log.write("run_interrupted", round=shared.revision)
-        if last or stop or shared.revision % recipe.records.checkpoint_every == 0:
+        if last or stop or amended or shared.revision % recipe.records.checkpoint_every == 0:
             checkpoint(score)
         if stop:
             raise Interrupted(f"after round {shared.revision} of {settings.count}")

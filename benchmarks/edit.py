@@ -1,0 +1,239 @@
+"""Editing: speed, flat memory, and eight participants who edit together.
+
+**Setting.** The base of `recipes/world.toml` (``tests/assets/world``), which knows 200 people of a synthetic world.
+
+**Together.** Eight participants with 50 edits each, of different facts. Each sends ``M = Rᵀ K`` and ``G = Kᵀ K``; their
+sums are solved once and compared with the update of one editor with all 400, in float64 and from sums in float32. Then
+how well the edited models answer, by themselves, after the last edit, beside what is usually done with updates: each
+participant solves for itself, and the updates are averaged, added up, or merged by TIES (density 0.2). The score is the
+harmonic mean of reliability, rephrase and locality.
+
+**Speed.** Target values of 100 edits side by side, against one by one; key moments of a text of 10 MB, and how much
+memory they add to those of 1 MB.
+"""
+
+from __future__ import annotations
+
+import resource
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import harmonic_mean
+
+import torch
+from torch import Tensor
+
+from benchmarks._measure import Measurement, main, measured, seconds
+from potluck.compose.base import Base, load_base
+from potluck.compose.merging.rules import Ties, merged
+from potluck.corpus.world import documents_of
+from potluck.edit.closed_form import alphaedit_update, memit_update, null_space, sums
+from potluck.edit.contexts import contexts, hidden_at, keys_at
+from potluck.edit.facts import Edit
+from potluck.edit.layout import Layout, layout_of
+from potluck.edit.moments import key_moments, moment_of
+from potluck.edit.of_world import changed_world
+from potluck.edit.prompts import answers
+from potluck.edit.values import ValueSettings, targets
+from potluck.edit.weights import WeightSettings, add, put
+
+WORLD = Path(__file__).parents[1] / "tests" / "assets" / "world"
+PEOPLE = 200
+Deltas = Mapping[int, Tensor]
+Sums = tuple[Tensor, Tensor]  # M and G
+Rule = Callable[[Sequence[Sums], int], Tensor]  # from everybody's sums to a layer's update
+
+
+@dataclass(frozen=True, kw_only=True)
+class Size:
+    """How much is measured.
+
+    Attributes:
+        participants, each: Who edits, and how many edits everyone has.
+        values: Edits whose target values are timed.
+        alone: Of them, how many one by one.
+        text: Characters of the text whose moments are taken.
+    """
+
+    seeds: tuple[int, ...]
+    participants: int
+    each: int
+    values: int
+    alone: int
+    text: int
+
+
+SIZES = {
+    "short": Size(seeds=(0,), participants=2, each=5, values=10, alone=3, text=100_000),
+    "full": Size(seeds=(0, 1, 2), participants=8, each=50, values=100, alone=20, text=10_000_000),
+}
+
+
+def measure(size: Size) -> list[Measurement]:
+    base = load_base(WORLD)
+    layout = layout_of(base.model)
+    settings = WeightSettings()
+    moments = key_moments(base, layout, range(layout.count), documents_of(PEOPLE, tellings=2))
+    found: dict[str, list[float]] = {}
+    for seed in size.seeds:
+        edits = changed_world(size.participants * size.each, seed)
+        shares = [edits[i :: size.participants] for i in range(size.participants)]
+        own = {layer: moment_of(moments, base.content_hash, layout, layer) for layer in settings.layers}
+        _judge_together(found, base, layout, settings, shares, own)
+    targets_met = {"alphaedit": 1e-9, "memit": 1e-9}
+    rows = []
+    for name, runs in found.items():
+        method, what = name.split(": ")
+        limit = {"together from float64": targets_met[method], "together from float32": 1e-5}.get(what)
+        unit = "relative error" if limit else "percent"
+        rows.append(measured(name, runs, unit, at_most=limit, at_least=20.0 if what.startswith("lost") else None))
+    return [*rows, *_speed(base, layout, settings, size)]
+
+
+def _judge_together(
+    found: dict[str, list[float]],
+    base: Base,
+    layout: Layout,
+    settings: WeightSettings,
+    shares: Sequence[Sequence[Edit]],
+    moments: Mapping[int, Tensor],
+) -> None:
+    everybody = [edit for share in shares for edit in share]
+    originals = {layer: layout.weight(layer).clone() for layer in settings.layers}
+    before = contexts(base, settings.seed)
+    z = [targets(base, layout, settings.layers[-1], share, before, settings.values) for share in shares]
+    free = {layer: null_space(moment, settings.kept) for layer, moment in moments.items()}
+
+    def memit(m: Tensor, g: Tensor, layer: int) -> Tensor:
+        return memit_update(m, g, moments[layer], settings.moment_weight)
+
+    def alphaedit(m: Tensor, g: Tensor, layer: int) -> Tensor:
+        return alphaedit_update(m, g, torch.zeros_like(g), free[layer], settings.null_weight)
+
+    scene = _Scene(base, layout, settings, list(zip(shares, z, strict=True)), before, originals)
+    unedited = answers(base, [p for edit in everybody for p in edit.neighbours])
+    _judge(found, "memit", memit, scene, unedited)
+    _judge(found, "alphaedit", alphaedit, scene, unedited)
+
+
+@dataclass(frozen=True)
+class _Scene:
+    """A model, and everybody's edits with their target values."""
+
+    base: Base
+    layout: Layout
+    settings: WeightSettings
+    parts: Sequence[tuple[Sequence[Edit], Tensor]]
+    contexts: Sequence[str]
+    originals: Deltas
+
+    def deltas(self, rule: Rule, pooled: bool = False) -> dict[int, Tensor]:
+        """One exchange a layer: everybody's M and G on the weights as they are now, one update for all."""
+        layout, layers = self.layout, self.settings.layers
+        self.restore()
+        parts = [(self.edits, torch.cat([z for _, z in self.parts]))] if pooled else self.parts
+        deltas = {}
+        for place, layer in enumerate(layers):
+            statistics = []
+            for edits, z in parts:
+                now = hidden_at(self.base, layout, layers[-1], edits)
+                keys = keys_at(self.base, layout, (layer,), edits, self.contexts)[layer]
+                statistics.append(sums(keys, (z - now) / (len(layers) - place)))
+            deltas[layer] = rule(statistics, layer)
+            add(layout, layer, deltas[layer])
+        return deltas
+
+    @property
+    def edits(self) -> list[Edit]:
+        """Everybody's."""
+        return [edit for share, _ in self.parts for edit in share]
+
+    def restore(self) -> None:
+        """The unedited model."""
+        for layer, value in self.originals.items():
+            put(self.layout, layer, value)
+
+    def score(self, unedited: Sequence[str]) -> float:
+        """Harmonic mean of reliability, rephrase and locality, in percent."""
+        told = [(edit.prompt, edit.target) for edit in self.edits]
+        rephrased = [(prompt, edit.target) for edit in self.edits for prompt in edit.rephrases]
+        kept = list(zip([p for edit in self.edits for p in edit.neighbours], unedited, strict=True))
+        return 100 * harmonic_mean([_right(self.base, asked) for asked in (told, rephrased, kept)])
+
+
+def _judge(
+    found: dict[str, list[float]],
+    method: str,
+    solve: Callable[[Tensor, Tensor, int], Tensor],
+    scene: _Scene,
+    unedited: Sequence[str],
+) -> None:
+    def together(dtype: torch.dtype) -> Rule:
+        def rule(parts: Sequence[Sums], layer: int) -> Tensor:
+            m, g = (torch.stack([part[i].to(dtype).double() for part in parts]).sum(0) for i in range(2))
+            return solve(m, g, layer)
+
+        return rule
+
+    def apart(merge: Callable[[Tensor], Tensor]) -> Rule:
+        return lambda parts, layer: merge(torch.stack([solve(m, g, layer) for m, g in parts]))
+
+    pooled = scene.deltas(together(torch.float64), pooled=True)
+    score = scene.score(unedited)
+    found.setdefault(f"{method}: harmonic mean together", []).append(score)
+    for dtype in (torch.float64, torch.float32):
+        deltas = scene.deltas(together(dtype))
+        error = max(float((deltas[i] - pooled[i]).norm() / pooled[i].norm()) for i in pooled)
+        found.setdefault(f"{method}: together from {str(dtype)[6:]}", []).append(error)
+    naive: dict[str, Callable[[Tensor], Tensor]] = {
+        "mean": lambda stack: stack.mean(0),
+        "sum": lambda stack: stack.sum(0),
+        "ties": lambda stack: merged(Ties(density=0.2), "w", torch.ones(len(stack)), stack.float()).double(),
+    }
+    for name, merge in naive.items():
+        scene.deltas(apart(merge))
+        found.setdefault(f"{method}: lost by {name}", []).append(score - scene.score(unedited))
+    scene.restore()
+
+
+def _right(base: Base, asked: Sequence[tuple[str, str]]) -> float:
+    said = answers(base, [prompt for prompt, _ in asked])
+    return sum(a == answer for a, (_, answer) in zip(said, asked, strict=True)) / len(asked)
+
+
+def _speed(base: Base, layout: Layout, settings: WeightSettings, size: Size) -> list[Measurement]:
+    edits = changed_world(size.values, 0)
+    before = contexts(base, settings.seed)
+    values = ValueSettings(enough=0.0)  # all steps, whatever they reach
+
+    def find(some: Sequence[Edit]) -> object:
+        return targets(base, layout, settings.layers[-1], some, before, values)
+
+    ratios = []
+    for _ in range(3):
+        together = seconds(lambda: find(edits)) / len(edits)
+        alone = seconds(lambda: [find([edit]) for edit in edits[: size.alone]]) / size.alone
+        ratios.append(alone / together)
+    memory = []
+    for text in (size.text // 10, size.text):
+        taken = seconds(lambda text=text: key_moments(base, layout, settings.layers, _stream(text)))
+        memory.append(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)
+    return [
+        measured(f"values of {size.values} edits at once against one by one", ratios, "x", at_least=5.0),
+        measured(f"key moments of {size.text / 1e6:g} MB", [taken], "s"),
+        measured(f"memory they add to those of {size.text / 1e7:g} MB", [memory[1] - memory[0]], "MB", at_most=20.0),
+    ]
+
+
+def _stream(characters: int) -> Iterator[str]:
+    done = 0
+    while done < characters:
+        for text in documents_of(PEOPLE, tellings=1):
+            yield text
+            done += len(text)
+            if done >= characters:
+                return
+
+
+if __name__ == "__main__":
+    main(measure, SIZES)

@@ -1,0 +1,1 @@
+"""Correcting what a model knows, and making it forget, alone and together."""

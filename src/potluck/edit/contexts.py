@@ -1,0 +1,97 @@
+"""Keys and hidden states of edits: what a map gets, and a layer gives, at the token that is edited.
+
+That is the last one of the subject, or of the prompt, whichever the model's answer comes from (`potluck edit locate`).
+
+A key is ``½ k(prompt) + ½ mean k(context + prompt)`` over texts that may stand before the prompt. The model writes
+these itself, from a seed, and nothing keeps them between calls: parties that edit together are given the same ones.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from potluck.compose.base import Base
+from potluck.edit.facts import Edit
+from potluck.edit.layout import Layout, host, watching
+from potluck.edit.prompts import Row, row, rows_of
+
+_ROWS = 64  # in a batch
+Site = Literal["subject", "prompt"]  # whose last token is edited
+
+
+def contexts(base: Base, seed: int = 0, count: int = 5, length: int = 10) -> tuple[str, ...]:
+    """Beginnings of texts, drawn from the model: the same for the same weights and seed on one kind of machine."""
+    draw = torch.Generator().manual_seed(seed)
+    ids = torch.full((count, 1), base.vocabulary.end_of_text, device=base.model.device)
+    with torch.inference_mode():
+        for _ in range(length):
+            logits = base.model(input_ids=ids, use_cache=False).logits[:, -1].float()
+            logits[:, base.vocabulary.end_of_text] = -torch.inf
+            drawn = torch.multinomial(logits.softmax(-1).cpu(), 1, generator=draw)
+            ids = torch.cat([ids, drawn.to(ids.device)], dim=1)
+    return tuple(base.vocabulary.tokenizer.decode(tokens[1:]).strip() for tokens in ids.tolist())
+
+
+def prompt_row(base: Base, edit: Edit, before: str = "", answer: str = "", at: Site = "subject") -> Row:
+    """An edit's prompt as tokens, after a context; the token that is edited stands as that of the subject.
+
+    Raises:
+        EditError: The tokenizer does not say where the subject ends.
+    """
+    found = row(base.vocabulary, edit.prompt, answer, edit.subject, before)
+    return found if at == "subject" else replace(found, subject=found.prompt - 1)
+
+
+def keys_at(
+    base: Base,
+    layout: Layout,
+    layers: Sequence[int],
+    edits: Sequence[Edit],
+    before: Sequence[str],
+    at: Site = "subject",
+) -> dict[int, Tensor]:
+    """Keys of the edits at each layer, ``(E, d_in)``, float64.
+
+    Args:
+        before: Contexts; none of them leaves the plain prompt's key.
+    """
+    plain = _at_subject(base, layout, layers, [prompt_row(base, edit, at=at) for edit in edits])
+    if not before:
+        return plain
+    rows = [prompt_row(base, edit, context, at=at) for edit in edits for context in before]
+    varied = _at_subject(base, layout, layers, rows)
+    shape = (len(edits), len(before), -1)
+    return {layer: (plain[layer] + varied[layer].reshape(shape).mean(1)) / 2 for layer in layers}
+
+
+def hidden_at(base: Base, layout: Layout, layer: int, edits: Sequence[Edit], at: Site = "subject") -> Tensor:
+    """The residual stream after a layer at the edited token of each plain prompt, ``(E, d_out)``, float64."""
+    rows = [prompt_row(base, edit, at=at) for edit in edits]
+    found = _collected(base, rows, {layer: layout.block(layer)}, inputs=False)
+    return found[layer]
+
+
+def _at_subject(base: Base, layout: Layout, layers: Sequence[int], rows: Sequence[Row]) -> dict[int, Tensor]:
+    return _collected(base, rows, {layer: layout.map(layer) for layer in layers}, inputs=True)
+
+
+@torch.inference_mode()
+def _collected(
+    base: Base, rows: Sequence[Row], modules: dict[int, torch.nn.Module], *, inputs: bool
+) -> dict[int, Tensor]:
+    found: dict[int, list[Tensor]] = {key: [] for key in modules}
+    for begin in range(0, len(rows), _ROWS):
+        batch = rows_of(rows[begin : begin + _ROWS], base.vocabulary.end_of_text).to(base.model.device)
+        places = (torch.arange(len(batch.ids), device=batch.ids.device), batch.subject)
+
+        def take(key: int, entered: Tensor, left: Tensor, places: tuple[Tensor, Tensor] = places) -> None:
+            found[key].append(host((entered if inputs else left)[places]))
+
+        with watching(modules, take):
+            base.model.base_model(input_ids=batch.ids, attention_mask=batch.mask, use_cache=False)
+    return {key: torch.cat(parts) for key, parts in found.items()}

@@ -1,0 +1,133 @@
+"""Forgetting somebody: at the name, the model gets what it has at the name of somebody it never heard of.
+
+A refusal that is edited in stands before what is known, and below it the right answer stays likelier than wrong ones:
+a truth ratio sees that. Here nothing is put in an answer's place. The residual stream at the subject's last token
+becomes that at an invented name, ``z = mean h(stranger)``, and is written like any edit, in AlphaEdit's null space of
+what shall stay. Whatever the model says of strangers, it then says of the subject; a refusal may be edited in after it.
+"""
+
+from __future__ import annotations
+
+import copy
+import random
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import torch
+
+from potluck.aggregation.statistics import Statistics
+from potluck.compose.base import Base
+from potluck.edit.closed_form import alphaedit_update, null_space, sums
+from potluck.edit.contexts import contexts, hidden_at, keys_at
+from potluck.edit.facts import Edit
+from potluck.edit.forgetting.questions import Question, with_subjects
+from potluck.edit.layout import layout_of
+from potluck.edit.moments import moment_of
+from potluck.edit.weights import add
+from potluck.errors import EditError
+
+
+@dataclass(frozen=True)
+class Strangers:
+    """How it is done.
+
+    Attributes:
+        layers: Whose maps are written.
+        null_weight: λ of AlphaEdit.
+        kept: Share of the text's energy that is not touched.
+        count: Strangers whose states are averaged for each subject.
+        ways: Beginnings of questions in which each subject is met, the commonest.
+        seed: Of names and contexts.
+    """
+
+    layers: tuple[int, ...] = (1, 2)
+    null_weight: float = 0.05
+    kept: float = 0.99
+    count: int = 1
+    ways: int = 16
+    seed: int = 0
+
+
+def estranged(
+    base: Base, forget: Sequence[Question], retain: Sequence[Question], moments: Statistics, settings: Strangers
+) -> Base:
+    """A copy of the model to which the subjects of what is to be forgotten are strangers.
+
+    Args:
+        retain: From its questions names are made, and in their beginnings subjects are met; may be empty.
+        moments: Of text that shall stay as it is (`potluck.edit.moments`), measured on this model.
+
+    Raises:
+        EditError: A question names no subject, or no names can be made.
+        ModelError: The model's layout is not known.
+    """
+    edited = Base(copy.deepcopy(base.model), base.vocabulary, base.place)
+    layout = layout_of(edited.model)
+    layers = layout.check_layers(settings.layers)
+    gone, others = with_subjects(forget), [q for q in retain if q.subject]
+    met = _met(gone, others, settings.ways)
+    z = torch.zeros(len(met), layout.d_out, dtype=torch.float64)
+    names = stranger_names([q.subject for q in (*gone, *others)], settings.seed)
+    draw = random.Random(settings.seed)
+    by_subject = {subject: draw.sample(names, min(settings.count, len(names))) for subject in _subjects(gone)}
+    for place in range(min(settings.count, len(names))):
+        as_strangers = [_as(edit, by_subject[edit.subject][place]) for edit in met]
+        z += hidden_at(base, layout_of(base.model), layers[-1], as_strangers)
+    z /= min(settings.count, len(names))
+    before = contexts(base, settings.seed)
+    none = torch.zeros(layout.d_in, layout.d_in, dtype=torch.float64)
+    for place, layer in enumerate(layers):
+        keys = keys_at(edited, layout, (layer,), met, before)[layer]
+        residuals = (z - hidden_at(edited, layout, layers[-1], met)) / (len(layers) - place)
+        free = null_space(moment_of(moments, moments.base_hash, layout, layer), settings.kept)
+        add(layout, layer, alphaedit_update(*sums(keys, residuals), none, free, settings.null_weight))
+    return edited
+
+
+def stranger_names(subjects: Sequence[str], seed: int, count: int = 64) -> list[str]:
+    """Names that nobody has, made of those that occur.
+
+    Where the last word tells all apart, a stranger's is new: the halves of two. Where it does not, every word is one
+    that stands at its place in some name, so that only their combination is new.
+
+    Raises:
+        EditError: From these none can be made.
+    """
+    known = [words for subject in sorted(set(subjects)) if (words := subject.split())]
+    told_apart = len({words[-1] for words in known}) == len(known)
+    used = {words[-1] for words in known} if told_apart else {" ".join(words) for words in known}
+    draw, found = random.Random(f"strangers {seed}"), dict[str, None]()
+    for _ in range(count * 8 if len(known) > 1 else 0):
+        like, one, two = (draw.choice(known) for _ in range(3))
+        if told_apart:
+            last = one[-1][: (len(one[-1]) + 1) // 2] + two[-1][len(two[-1]) // 2 :]
+            name, new = " ".join([*like[:-1], last]), one != two and last not in used
+        else:
+            words = [draw.choice([other[place] for other in known if len(other) > place]) for place in range(len(like))]
+            name, new = " ".join(words), len(set(words)) == len(words) and " ".join(words) not in used
+        if new:
+            found[name] = None
+    if not found:
+        raise EditError("no strangers' names can be made of these", "give --retain questions that name other subjects")
+    return list(found)[:count]
+
+
+def _met(gone: Sequence[Question], others: Sequence[Question], ways: int) -> list[Edit]:
+    """Each subject after each beginning of a question, up to its last token: what follows does not change its key."""
+    before = Counter(q.question[: q.question.rfind(q.subject)] for q in (*gone, *others))
+    common = [beginning for beginning, _ in before.most_common(ways)]
+    own = {s: [q.question[: q.question.rfind(s)] for q in gone if q.subject == s] for s in _subjects(gone)}
+    return [
+        Edit(f"{subject} {place}", beginning + subject, subject, "-")
+        for subject in own
+        for place, beginning in enumerate(dict.fromkeys([*own[subject], *common]))
+    ]
+
+
+def _as(edit: Edit, name: str) -> Edit:
+    return replace(edit, prompt=edit.prompt.removesuffix(edit.subject) + name, subject=name)
+
+
+def _subjects(questions: Sequence[Question]) -> list[str]:
+    return list(dict.fromkeys(q.subject for q in questions))

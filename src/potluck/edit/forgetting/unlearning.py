@@ -1,0 +1,220 @@
+"""The loop of unlearning: rows of what is to be forgotten, each batch beside one of what shall stay."""
+
+from __future__ import annotations
+
+import copy
+import math
+import random
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn.utils import clip_grad_norm_
+from transformers import PreTrainedModel
+
+from potluck.compose.base import Base
+from potluck.edit.forgetting import losses
+from potluck.edit.forgetting.losses import AsStranger, GradientAscent, IdkDpo, Method, Npo, Rmu, SimNpo
+from potluck.edit.forgetting.questions import Question, with_subjects
+from potluck.edit.forgetting.strangers import stranger_names
+from potluck.edit.layout import first, layout_of, watching
+from potluck.edit.prompts import Row, Rows, logits_of, row, rows_of
+from potluck.errors import EditError, NotFinite
+
+_CLIP = 1.0
+
+
+@dataclass(frozen=True)
+class Unlearning:
+    """How it is done. The published rate, 1e-5, is that of 1 to 7 billion parameters; small models need a higher one.
+
+    Attributes:
+        epochs: Passes over what is to be forgotten.
+        batch_size: Questions of each kind in a step.
+        learning_rate: Peak of AdamW; the first epoch warms up, then it falls in a line.
+        seed: Of the order, and of which retained questions go with which.
+    """
+
+    epochs: int = 10
+    batch_size: int = 32
+    learning_rate: float = 1e-5
+    weight_decay: float = 0.01
+    seed: int = 0
+
+
+def unlearn(
+    base: Base,
+    forget: Sequence[Question],
+    retain: Sequence[Question],
+    method: Method,
+    settings: Unlearning,
+    refusals: Sequence[str] = (),
+    on_step: Callable[[int], None] = lambda step: None,
+) -> PreTrainedModel:
+    """A copy of the model that has unlearned; the given one is the reference and stays as it is.
+
+    Args:
+        refusals: For `IdkDpo`: lines, of which each question gets one, drawn by the seed.
+
+    Raises:
+        EditError: Nothing is to be forgotten, or the method lacks what it needs.
+        NotFinite: The loss became NaN or infinite.
+    """
+    _check(forget, retain, method, refusals)
+    trained = copy.deepcopy(base.model)
+    trained.train()
+    trained.requires_grad_(True)
+    task = _Task(base, trained, method, retain)
+    adam = torch.optim.AdamW(trained.parameters(), settings.learning_rate, weight_decay=settings.weight_decay)
+    others = _counterparts(base, forget, retain, method, refusals, settings.seed)
+    steps, begin = list(_steps(base, forget, retain, others, settings)), math.ceil(len(forget) / settings.batch_size)
+    for step, (lost, beside, kept) in enumerate(steps):
+        on_step(step)
+        rate = min((step + 1) / begin, (len(steps) - step) / max(1, len(steps) - begin), 1.0)
+        for group in adam.param_groups:
+            group["lr"] = rate * settings.learning_rate
+        loss = task.loss(lost, beside, kept)
+        if not torch.isfinite(loss):
+            raise NotFinite(f"the loss became {float(loss.detach())} in step {step + 1}", "lower the learning rate")
+        adam.zero_grad(set_to_none=True)
+        loss.backward()
+        clip_grad_norm_(trained.parameters(), _CLIP)
+        adam.step()
+    if not all(bool(torch.isfinite(tensor).all()) for tensor in trained.parameters()):
+        raise NotFinite("the weights became NaN or infinite", "lower the learning rate")
+    trained.requires_grad_(False)
+    trained.eval()
+    return trained
+
+
+@dataclass(frozen=True)
+class _Task:
+    """One method on one model.
+
+    Attributes:
+        base: The reference.
+        trained: What learns to forget.
+    """
+
+    base: Base
+    trained: PreTrainedModel
+    method: Method
+    retain: Sequence[Question]
+
+    def loss(self, lost: Rows, beside: Rows | None, kept: Rows | None) -> Tensor:
+        """``γ forget + α retain`` of one batch of each kind."""
+        method = self.method
+        if isinstance(method, Rmu):
+            return self._rmu(method, lost, kept)
+        total = method.gamma * self._forget(method, lost, beside)
+        if kept is None or method.retain == "none":
+            return total
+        logits = logits_of(self.trained, kept)
+        if method.retain == "nll":
+            return total + method.alpha * losses.mean_nll(logits, kept.labels)
+        return total + method.alpha * losses.kl_from(self._before(kept), logits, kept.mask)
+
+    def _forget(
+        self, method: GradientAscent | Npo | SimNpo | IdkDpo | AsStranger, lost: Rows, beside: Rows | None
+    ) -> Tensor:
+        logits = logits_of(self.trained, lost)
+        nats = losses.answer_nats(logits, lost.labels)
+        match method:
+            case GradientAscent():
+                return -losses.mean_nll(logits, lost.labels)
+            case Npo():
+                return losses.npo(nats, losses.answer_nats(self._before(lost), lost.labels), method.beta)
+            case SimNpo():
+                return losses.sim_npo(nats, (lost.labels != -100).sum(1), method.beta, method.delta)
+            case IdkDpo():
+                assert beside is not None
+                won = losses.answer_nats(logits_of(self.trained, beside), beside.labels)
+                won_before = losses.answer_nats(self._before(beside), beside.labels)
+                before = losses.answer_nats(self._before(lost), lost.labels)
+                return losses.idk_dpo(won, won_before, nats, before, method.beta)
+            case AsStranger():
+                assert beside is not None
+                return losses.kl_at(self._before(beside), beside.labels, logits, lost.labels)
+
+    def _rmu(self, method: Rmu, lost: Rows, kept: Rows | None) -> Tensor:
+        width = layout_of(self.trained).d_out
+        direction = losses.rmu_direction(width, method.seed).to(lost.ids.device)
+        hidden = _hidden(self.trained, method.layer, lost)
+        total = method.gamma * losses.rmu_forget(hidden, direction, method.scale, lost.labels)
+        assert kept is not None
+        with torch.no_grad():
+            before = _hidden(self.base.model, method.layer, kept)
+        now = _hidden(self.trained, method.layer, kept)
+        return total + method.alpha * losses.rmu_retain(now, before, kept.labels)
+
+    @torch.no_grad()
+    def _before(self, rows: Rows) -> Tensor:
+        return logits_of(self.base.model, rows)
+
+
+def question_rows(base: Base, questions: Sequence[Question]) -> list[Row]:
+    """Questions with their answers as tokens."""
+    return [row(base.vocabulary, question.question, question.answer) for question in questions]
+
+
+def _counterparts(
+    base: Base,
+    forget: Sequence[Question],
+    retain: Sequence[Question],
+    method: Method,
+    refusals: Sequence[str],
+    seed: int,
+) -> list[Row]:
+    """What goes with each question: with a refusal, or asked about somebody who does not exist."""
+    draw = random.Random(seed)
+    if isinstance(method, IdkDpo):
+        return [row(base.vocabulary, question.question, draw.choice(refusals)) for question in forget]
+    if not isinstance(method, AsStranger):
+        return []
+    questions = with_subjects(forget)
+    subjects = list(dict.fromkeys(question.subject for question in questions))
+    names = stranger_names([*subjects, *(q.subject for q in retain if q.subject)], seed)
+    by_subject = {subject: draw.choice(names) for subject in subjects}
+    return [row(base.vocabulary, q.question.replace(q.subject, by_subject[q.subject]), q.answer) for q in questions]
+
+
+def _steps(
+    base: Base,
+    forget: Sequence[Question],
+    retain: Sequence[Question],
+    others: list[Row],
+    settings: Unlearning,
+) -> Iterator[tuple[Rows, Rows | None, Rows | None]]:
+    draw = torch.Generator().manual_seed(settings.seed)
+    lost, kept = question_rows(base, forget), question_rows(base, retain)
+    device, pad = base.model.device, base.vocabulary.end_of_text
+
+    def batch(rows: list[Row], places: Sequence[int]) -> Rows | None:
+        return rows_of([rows[i] for i in places], pad).to(device) if rows else None
+
+    for _ in range(settings.epochs):
+        order: list[int] = torch.randperm(len(lost), generator=draw).tolist()
+        for begin in range(0, len(order), settings.batch_size):
+            places = order[begin : begin + settings.batch_size]
+            paired = torch.randint(max(1, len(kept)), (len(places),), generator=draw).tolist()
+            asked = batch(lost, places)
+            assert asked is not None
+            yield asked, batch(others, places), batch(kept, paired)
+
+
+def _hidden(model: PreTrainedModel, layer: int, rows: Rows) -> Tensor:
+    found: list[Tensor] = []
+    blocks = {0: layout_of(model).block(layer)}
+    with watching(blocks, lambda key, entered, left: found.append(first(left))):
+        model.base_model(input_ids=rows.ids, attention_mask=rows.mask, use_cache=False)
+    return found[0].float()
+
+
+def _check(forget: Sequence[Question], retain: Sequence[Question], method: Method, refusals: Sequence[str]) -> None:
+    if not forget:
+        raise EditError("nothing is to be forgotten")
+    if (isinstance(method, Rmu) or (method.retain != "none" and method.alpha)) and not retain:
+        raise EditError("this method needs questions whose answers shall stay", "name them with --retain")
+    if isinstance(method, IdkDpo) and not refusals:
+        raise EditError("IdkDPO needs refusals", "name a file of them with --refusals, one a line")

@@ -1,0 +1,149 @@
+"""What GRACE and WISE share: a memory beside one map of a model, at work while it is attached, saved as a folder."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+from transformers import AutoTokenizer
+
+from potluck.compose.base import Base
+from potluck.edit.contexts import prompt_row
+from potluck.edit.facts import Edit
+from potluck.edit.layout import Layout, from_layer, host, layout_of, watching
+from potluck.edit.prompts import Rows, rows_of
+from potluck.files import appearing, storing, write_text
+from potluck.models.memory import EditedConfig, EditedForCausalLM, Memory, install
+
+RECORD = "memory.json"
+
+
+class SideMemory(Protocol):
+    """A memory of edits, whatever its kind."""
+
+    @property
+    def layer(self) -> int:
+        """Of the map."""
+
+    @property
+    def edits(self) -> tuple[Edit, ...]:
+        """All edits that it holds."""
+
+    def module(self) -> Memory:
+        """What is at work in the model."""
+
+    def facts(self) -> dict[str, Any]:
+        """What a record says of it, beside its tensors."""
+
+
+@contextmanager
+def attached(base: Base, memory: SideMemory) -> Iterator[None]:
+    """Within, the model answers with the memory."""
+    module = memory.module().to(base.model.device)
+    detach = install(base.model, layout_of(base.model).path(memory.layer), module)
+    try:
+        yield
+    finally:
+        detach()
+
+
+def save_with_memory(base: Base, memory: SideMemory, folder: Path) -> None:
+    """A new folder that `load_base` opens with the same answers, and that plain `transformers` refuses.
+
+    Raises:
+        StorageError: There is something there already, or it cannot be written.
+    """
+    layout, module = layout_of(base.model), memory.module()
+    table = base.model.config.to_dict()
+    config = EditedConfig(
+        base=table,
+        path=layout.path(memory.layer),
+        kind=type(module).__name__.lower(),
+        entries=len(next(module.buffers())),
+        d_in=layout.d_in,
+        d_out=layout.d_out,
+        vocab_size=base.model.config.vocab_size,
+        hidden_size=layout.d_out,
+        num_hidden_layers=layout.count,
+        max_position_embeddings=getattr(base.model.config, "max_position_embeddings", 0),
+    )
+    model = EditedForCausalLM(config)
+    model.edited.load_state_dict(base.model.state_dict())
+    model.memory.load_state_dict(module.state_dict())
+    model.generation_config = base.model.generation_config
+    record = {"kind": config.kind, "layer": memory.layer, **memory.facts()}
+    record["edits"] = [asdict(edit) for edit in memory.edits]
+    with appearing(folder) as being_written, storing(folder):
+        model.save_pretrained(being_written)
+        tokenizer = AutoTokenizer.from_pretrained(base.place, local_files_only=True, trust_remote_code=False)
+        tokenizer.save_pretrained(being_written)
+        write_text(being_written / RECORD, json.dumps(record, indent=1, ensure_ascii=False))
+
+
+@dataclass(frozen=True)
+class Asked:
+    """Edits as rows of tokens at one map, whose layers below are computed once.
+
+    Attributes:
+        rows: Each edit's prompt after each context, with its target.
+        owner: Which edit a row is of, ``(B,)``.
+        keys: The map's inputs, ``(B, T, d_in)``.
+        plain: The map's outputs, ``(B, T, d_out)``.
+        stream: What the layer gives, ``(B, T, d_out)``.
+        nll: From what the layer gives to the loss of each row, ``(B,)``.
+    """
+
+    rows: Rows
+    owner: Tensor
+    keys: Tensor
+    plain: Tensor
+    stream: Tensor
+    base: Base
+    resumed: Any
+
+    def nll(self, added: Tensor) -> Tensor:
+        """Mean cross-entropy of each row's target, with something added to what the map gives, ``(B,)``."""
+        hidden = self.resumed(self.stream + added)
+        places = self.rows.labels != -100
+        logits = self.base.model.get_output_embeddings()(hidden[places]).float()
+        nats = torch.nn.functional.cross_entropy(logits, self.rows.labels[places], reduction="none")
+        row = torch.arange(len(places), device=places.device)[:, None].expand_as(places)[places]
+        total: Tensor = torch.zeros(len(places), device=nats.device).index_add(0, row, nats)
+        return total / places.sum(1).clamp(min=1)
+
+
+def asked(base: Base, layout: Layout, layer: int, edits: Sequence[Edit], before: Sequence[str]) -> Asked:
+    """Rows for a search at one map.
+
+    Args:
+        before: Contexts that each prompt is tried with, beside none.
+    """
+    rows = [prompt_row(base, edit, context, edit.target) for edit in edits for context in ("", *before)]
+    batch = rows_of(rows, base.vocabulary.end_of_text).to(base.model.device)
+    found: list[Tensor] = []
+
+    def run() -> object:
+        with watching({layer: layout.map(layer)}, lambda _, keys, plain: found.extend((keys.detach(), plain.detach()))):
+            return base.model.base_model(input_ids=batch.ids, attention_mask=batch.mask, use_cache=False)
+
+    base.model.requires_grad_(False)
+    stream, resumed = from_layer(layout, layer, run)
+    owner = torch.arange(len(edits), device=batch.ids.device).repeat_interleave(1 + len(before))
+    return Asked(batch, owner, found[0], found[1], stream, base, resumed)
+
+
+def keys_of_texts(base: Base, layout: Layout, layer: int, texts: Sequence[str]) -> Tensor:
+    """The map's inputs at every token of texts, ``(N, d_in)``, float32."""
+    found: list[Tensor] = []
+    with watching({layer: layout.map(layer)}, lambda _, keys, plain: found.append(host(keys[0]).float())):
+        for text in texts:
+            ids = [base.vocabulary.end_of_text, *base.vocabulary.tokenizer.encode(text, add_special_tokens=False).ids]
+            with torch.inference_mode():
+                base.model.base_model(input_ids=torch.tensor([ids], device=base.model.device), use_cache=False)
+    return torch.cat(found)

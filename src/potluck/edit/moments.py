@@ -1,0 +1,118 @@
+"""``C = E[k kᵀ]``: what the edited maps get from a text that shall stay as it is.
+
+It is taken from the participant's own text, streamed, so that memory does not grow with it, and is kept beside the
+model's other files under the hash of weights and text: nothing is downloaded.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from potluck.aggregation.statistics import Statistics
+from potluck.compose.base import Base
+from potluck.corpus.tokenizer import pieces
+from potluck.edit.layout import Layout, watching
+from potluck.errors import CorpusError, EditError
+from potluck.files import storing
+
+KIND = "moments"
+_SEQUENCES = 16  # in a batch
+
+
+def key_moments(
+    base: Base, layout: Layout, layers: Sequence[int], texts: Iterable[str], sequence_length: int = 128
+) -> Statistics:
+    """``Σ k kᵀ`` of every layer over all tokens of the texts, float64, and how many tokens there were.
+
+    Args:
+        texts: Documents; read once, one after the other.
+
+    Raises:
+        CorpusError: The text is shorter than one sequence.
+    """
+    sums = {layer: torch.zeros(layout.d_in, layout.d_in, dtype=torch.float64) for layer in layers}
+    tokens = 0
+
+    def take(layer: int, keys: Tensor, output: Tensor) -> None:
+        flat = keys.flatten(0, 1).float()
+        sums[layer] += (flat.T @ flat).cpu().double()
+
+    with watching({layer: layout.map(layer) for layer in layers}, take), torch.inference_mode():
+        for batch in _batches(base, texts, sequence_length):
+            base.model.base_model(input_ids=batch.to(base.model.device), use_cache=False)
+            tokens += batch.numel()
+    if not tokens:
+        raise CorpusError(f"the text is shorter than one sequence of {sequence_length} tokens")
+    return Statistics(KIND, {name_of(layout, layer): total for layer, total in sums.items()}, tokens, base.content_hash)
+
+
+def moment_of(moments: Statistics, base_hash: str, layout: Layout, layer: int) -> Tensor:
+    """``C`` of a layer, ``(d_in, d_in)``.
+
+    Raises:
+        EditError: They are of another model or kind, do not have this layer, or are no sum of squares.
+    """
+    tensor = moments.tensors.get(name_of(layout, layer))
+    if (moments.kind, moments.base_hash) != (KIND, base_hash):
+        raise EditError(f"{moments.kind} of model {moments.base_hash[:12]}, not the key moments of {base_hash[:12]}")
+    if tensor is None or tensor.shape != (layout.d_in, layout.d_in):
+        raise EditError(f"the key moments have no matrix of {layout.d_in} x {layout.d_in} for layer {layer}")
+    if not torch.isfinite(tensor).all() or not (tensor.diagonal() >= 0).all():
+        raise EditError(f"the key moments of layer {layer} are no sum of squares")
+    return tensor.double() / moments.count
+
+
+def kept_moments(
+    base: Base, layout: Layout, layers: Sequence[int], texts: Sequence[str], folder: Path, sequence_length: int = 128
+) -> Statistics:
+    """As `key_moments`, kept in a folder by the hash of weights, text and layers.
+
+    Raises:
+        CorpusError: The text is shorter than one sequence.
+        StorageError: The folder cannot be written.
+    """
+    digest = hashlib.sha256(f"{base.content_hash} {sorted(layers)} {sequence_length}".encode())
+    for text in texts:
+        digest.update(hashlib.sha256(text.encode()).digest())
+    path = folder / f"moments-{digest.hexdigest()[:32]}.safetensors"
+    try:
+        with safe_open(path, "pt") as file:
+            count = int((file.metadata() or {})["tokens"])
+            return Statistics(KIND, {name: file.get_tensor(name) for name in file.keys()}, count, base.content_hash)  # noqa: SIM118
+    except (OSError, SafetensorError, KeyError, ValueError):
+        pass  # not taken yet, or damaged
+    found = key_moments(base, layout, layers, texts, sequence_length)
+    with storing(path):
+        folder.mkdir(parents=True, exist_ok=True)
+        partial = path.with_suffix(".partial")
+        save_file(dict(found.tensors), partial, metadata={"tokens": str(found.count)})
+        partial.replace(path)
+    return found
+
+
+def name_of(layout: Layout, layer: int) -> str:
+    """Name of a layer's matrix among statistics."""
+    return f"{layout.path(layer)}.moment"
+
+
+def _batches(base: Base, texts: Iterable[str], sequence_length: int) -> Iterator[Tensor]:
+    """Sequences of the texts, each begun by the end-of-text token; what is left at the end is dropped."""
+    waiting: list[int] = []
+    enough = _SEQUENCES * sequence_length
+    for text in texts:
+        waiting.append(base.vocabulary.end_of_text)
+        for piece in pieces(text):
+            waiting += base.vocabulary.tokenizer.encode(piece, add_special_tokens=False).ids
+            while len(waiting) >= enough:
+                yield torch.tensor(waiting[:enough]).view(_SEQUENCES, sequence_length)
+                del waiting[:enough]
+    rest = len(waiting) // sequence_length
+    if rest:
+        yield torch.tensor(waiting[: rest * sequence_length]).view(rest, sequence_length)

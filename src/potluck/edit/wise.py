@@ -1,0 +1,208 @@
+"""WISE (arXiv 2405.14768): edits in side weights beside one map, at work only where a text asks for one of them.
+
+Edits are cut into shards, each with entries of its own to write to (knowledge sharding). Of a shard's Δ is asked that
+the targets follow where a prompt ends, that ``‖Δ x‖`` is large there and small on everything else. Three things differ
+from the paper. Margins are in units of what the map gives on text that the model writes itself, and the threshold is
+put between both sides, so that nothing depends on the size of a model. Whether an edit is asked for is decided once,
+at a token, and held, for each text of a batch. And a shard is trained on all its edits together, with Adam: the
+participant has them, so none has to be forgotten for another; one that is taken back leaves no trace.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+from torch.nn.functional import linear, relu
+
+from potluck.compose.base import Base
+from potluck.compose.merging.rules import Ties, merged
+from potluck.edit.contexts import contexts
+from potluck.edit.facts import Edit, checked_edits
+from potluck.edit.layout import layout_of
+from potluck.edit.memories import Asked, asked, keys_of_texts
+from potluck.errors import EditError
+from potluck.models.memory import Shards
+
+
+@dataclass(frozen=True)
+class WiseSettings:
+    """How edits are put into side weights.
+
+    Attributes:
+        shard: Edits in one shard, at most.
+        density: ρ, share of the map's entries that a shard may change.
+        mode: ``retrieve``: the shard that recognises a text best; ``merge``: all shards as one, by TIES.
+        inside, outside: ``‖Δ x‖`` is at least ``inside`` where an edit is asked for and at most ``outside`` elsewhere,
+            in units of the mean ``‖W x‖``.
+        margin: Weight of both.
+        steps, learning_rate: Of Adam.
+        enough: A shard whose loss is below it is left as it is.
+        contexts: Beginnings of texts that each prompt is tried after, beside none.
+        quiet: Texts that the model writes, to stand for all that is not asked for.
+        seed: Of masks, contexts and these texts.
+    """
+
+    shard: int = 100
+    density: float = 0.5
+    mode: Literal["retrieve", "merge"] = "retrieve"
+    inside: float = 1.0
+    outside: float = 0.2
+    margin: float = 2.0
+    steps: int = 60
+    learning_rate: float = 1e-2
+    enough: float = 0.02
+    contexts: int = 1
+    quiet: int = 60
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class Shard:
+    """Side weights of some edits.
+
+    Attributes:
+        delta: ``W' − W``, ``(d_out, d_in)``, zero outside its mask.
+        threshold: ε: ``‖Δ x‖`` from which a text is taken to ask for one of them.
+    """
+
+    delta: Tensor
+    threshold: float
+    edits: tuple[Edit, ...]
+
+
+@dataclass(frozen=True)
+class WiseMemory:
+    """All shards.
+
+    Attributes:
+        layer: Of the map.
+    """
+
+    layer: int
+    settings: WiseSettings
+    shards: tuple[Shard, ...] = ()
+
+    @property
+    def edits(self) -> tuple[Edit, ...]:
+        """All edits that it holds."""
+        return tuple(edit for shard in self.shards for edit in shard.edits)
+
+    def module(self) -> Shards:
+        """What is at work in the model."""
+        deltas, thresholds = [s.delta for s in self.shards], [s.threshold for s in self.shards]
+        if self.settings.mode == "merge" and len(deltas) > 1:
+            deltas, thresholds = [ties(deltas)], [min(thresholds)]
+        size = self.shards[0].delta.shape if self.shards else (0, 0)
+        module = Shards(len(deltas), size[1], size[0])
+        if deltas:
+            module.load_state_dict({"deltas": torch.stack(deltas), "thresholds": torch.tensor(thresholds)})
+        return module
+
+    def facts(self) -> dict[str, Any]:
+        """Settings, and how many edits each shard has."""
+        return {"settings": asdict(self.settings), "shards": [len(shard.edits) for shard in self.shards]}
+
+
+def wise_memory(base: Base, layer: int, settings: WiseSettings | None = None) -> WiseMemory:
+    """An empty memory.
+
+    Raises:
+        ModelError: The model's layout is not known.
+        EditError: It has no such layer.
+    """
+    layout_of(base.model).check_layers((layer,))
+    return WiseMemory(layer, settings or WiseSettings())
+
+
+def edit_with_wise(base: Base, memory: WiseMemory, edits: Sequence[Edit]) -> WiseMemory:
+    """The memory with further edits: the newest shard is filled and trained anew, then others begin.
+
+    Raises:
+        EditError: Edits contradict each other, one has the id of an earlier one, or training diverged.
+    """
+    edits = checked_edits(edits, "these edits")
+    for twice in {edit.id for edit in memory.edits} & {edit.id for edit in edits}:
+        raise EditError(f"there is an edit {twice} already", "give it another id, or take the earlier one back")
+    shards, waiting = list(memory.shards), list(edits)
+    if shards and len(shards[-1].edits) < memory.settings.shard:
+        waiting = [*shards.pop().edits, *waiting]
+    for begin in range(0, len(waiting), memory.settings.shard):
+        some = tuple(waiting[begin : begin + memory.settings.shard])
+        shards.append(_trained(base, memory, len(shards), some))
+    return replace(memory, shards=tuple(shards))
+
+
+def without(base: Base, memory: WiseMemory, ids: Sequence[str]) -> WiseMemory:
+    """The memory as if these edits had never been in their shards, which are trained anew; empty ones go.
+
+    Raises:
+        EditError: One of them is not in it.
+    """
+    missing = sorted(set(ids) - {edit.id for edit in memory.edits})
+    if missing:
+        raise EditError(f"there is no edit {', '.join(missing)}")
+    shards = []
+    for place, shard in enumerate(memory.shards):
+        left = tuple(edit for edit in shard.edits if edit.id not in ids)
+        if left == shard.edits:
+            shards.append(shard)
+        elif left:
+            shards.append(_trained(base, memory, place, left))
+    return replace(memory, shards=tuple(shards))
+
+
+def ties(deltas: Sequence[Tensor], density: float = 0.53) -> Tensor:
+    """Shards as one (TIES, arXiv 2306.01708); where only one has written, its entry is left whole."""
+    stack = torch.stack(list(deltas))
+    return merged(Ties(density=density), "shards", torch.ones(len(stack)), stack)
+
+
+def _trained(base: Base, memory: WiseMemory, place: int, edits: tuple[Edit, ...]) -> Shard:
+    settings, layout = memory.settings, layout_of(base.model)
+    before = contexts(base, settings.seed, settings.contexts)
+    rows = asked(base, layout, memory.layer, edits, before)
+    written = contexts(base, settings.seed + 1, settings.quiet, 40)
+    others = [text for text in written if not any(edit.subject in text for edit in edits)]
+    quiet = keys_of_texts(base, layout, memory.layer, others or written).to(rows.keys.device)
+    typical = float((quiet @ layout.weight(memory.layer).T).norm(dim=1).mean())
+    draw = torch.Generator().manual_seed(settings.seed * 1_000_003 + place)
+    mask = (torch.rand(layout.d_out, layout.d_in, generator=draw) < settings.density).to(rows.keys.device)
+    free = torch.zeros(layout.d_out, layout.d_in, device=rows.keys.device, requires_grad=True)
+    adam = torch.optim.Adam([free], lr=settings.learning_rate)
+    inside, outside = _sides(rows)
+    for _ in range(settings.steps):
+        delta = free * mask
+        added = linear(rows.keys, delta)
+        loss = rows.nll(added * inside_and_after(rows)[..., None]).mean()
+        size = added.norm(dim=-1) / typical
+        elsewhere = torch.cat([size[outside], linear(quiet, delta).norm(dim=-1) / typical])
+        missed, touched = relu(settings.inside - size[inside]), relu(elsewhere - settings.outside)
+        total = loss + settings.margin * (missed.mean() + touched.square().sum() / len(edits))
+        if not torch.isfinite(total):
+            raise EditError("the loss of side weights became NaN or infinite", "lower the learning rate")
+        if float(total.detach()) < settings.enough:
+            break
+        (free.grad,) = torch.autograd.grad(total, free)
+        adam.step()
+    delta = (free * mask).detach()
+    size = linear(rows.keys, delta).norm(dim=-1)
+    low = float(torch.cat([size[outside], linear(quiet, delta).norm(dim=-1)]).quantile(0.999))
+    high = float(size[inside].quantile(0.02))
+    threshold = (low * high) ** 0.5 if low < high else high
+    return Shard(delta.cpu(), threshold, edits)
+
+
+def inside_and_after(rows: Asked) -> Tensor:
+    """Where side weights are at work: from the last token of the prompt on, ``(B, T)``."""
+    at = torch.arange(rows.rows.ids.shape[1], device=rows.rows.ids.device)
+    return (at >= rows.rows.last[:, None]).float()
+
+
+def _sides(rows: Asked) -> tuple[Tensor, Tensor]:
+    """Where an edit is asked for, the last token of each prompt, and the tokens before it: ``(B, T)`` each."""
+    at = torch.arange(rows.rows.ids.shape[1], device=rows.rows.ids.device)
+    return at == rows.rows.last[:, None], at < rows.rows.last[:, None]

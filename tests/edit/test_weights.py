@@ -1,0 +1,183 @@
+"""ROME, MEMIT and AlphaEdit: the closed forms against plain references, and what an editor keeps and takes back."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
+
+from potluck.aggregation.statistics import Statistics
+from potluck.compose.base import Base
+from potluck.corpus.tokenizer import Vocabulary, vocabulary_from_words
+from potluck.corpus.world import documents_of
+from potluck.edit.closed_form import alphaedit_update, memit_update, null_space, rome_update, sums
+from potluck.edit.contexts import prompt_row
+from potluck.edit.facts import Edit
+from potluck.edit.layout import from_layer, layout_of
+from potluck.edit.moments import kept_moments, key_moments
+from potluck.edit.prompts import rows_of
+from potluck.edit.values import ValueSettings, targets
+from potluck.edit.weights import Method, WeightEditor, WeightSettings, weight_editor
+from potluck.errors import EditError, ModelError
+
+
+def random_sums(edits: int = 7, d_in: int = 24, d_out: int = 6) -> tuple[Tensor, Tensor, Tensor]:
+    draw = torch.Generator().manual_seed(0)
+    keys = torch.randn(edits, d_in, generator=draw, dtype=torch.float64)
+    residuals = torch.randn(edits, d_out, generator=draw, dtype=torch.float64)
+    text = torch.randn(200, d_in, generator=draw, dtype=torch.float64) * torch.logspace(
+        0, -2, d_in, dtype=torch.float64
+    )
+    return keys, residuals, text.T @ text / 200
+
+
+def test_rome_makes_one_key_true() -> None:
+    keys, residuals, moment = random_sums()
+    delta = rome_update(keys[0], residuals[0], moment, 1e-9)
+    assert torch.allclose(delta @ keys[0], residuals[0], atol=1e-9)
+    direct = torch.linalg.inv(moment) @ keys[0]
+    assert torch.allclose(delta, torch.outer(residuals[0], direct) / (direct @ keys[0]), rtol=1e-4)
+
+
+def test_memit_is_ridge_regression() -> None:
+    keys, residuals, moment = random_sums()
+    expected = residuals.T @ keys @ torch.linalg.inv(3 * moment + keys.T @ keys)
+    assert torch.allclose(memit_update(*sums(keys, residuals), moment, 3.0), expected, atol=1e-8)
+
+
+def test_alphaedit_is_the_papers_formula_and_leaves_the_text_alone() -> None:
+    keys, residuals, moment = random_sums()
+    free = null_space(moment, 0.99)
+    p, eye = free @ free.T, torch.eye(len(moment), dtype=torch.float64)
+    past = torch.outer(keys[3], keys[3])
+    m, g = sums(keys[:3], residuals[:3])
+    expected = torch.linalg.solve(p @ (g + past) + 0.5 * eye, p @ m.T).T
+    found = alphaedit_update(m, g, past, free, 0.5)
+    assert torch.allclose(found, expected, atol=1e-10)
+    assert ((found @ moment) * found).sum() <= 0.02 * moment.trace() * found.square().sum()
+
+
+def test_what_cannot_be_solved_is_refused() -> None:
+    _, _, moment = random_sums()
+    with pytest.raises(EditError, match="not positive definite"):
+        memit_update(torch.ones(6, 24, dtype=torch.float64), -2 * moment, moment, 1.0)
+    with pytest.raises(EditError, match="no direction is free"):
+        null_space(torch.eye(4, dtype=torch.float64), 1.0)
+
+
+# --- on models ---------------------------------------------------------------------------------
+
+
+def small(kind: str, vocabulary: Vocabulary) -> Base:
+    torch.manual_seed(0)
+    if kind == "llama":
+        config = LlamaConfig(
+            vocab_size=vocabulary.size, hidden_size=32, intermediate_size=48, num_hidden_layers=3, num_attention_heads=4
+        )
+        model = LlamaForCausalLM(config)
+    else:
+        config = GPT2Config(vocab_size=vocabulary.size, n_embd=32, n_inner=48, n_layer=3, n_head=4)
+        model = GPT2LMHeadModel(config)
+    return Base(model.eval(), vocabulary, "nowhere")
+
+
+@pytest.fixture(params=["llama", "gpt2"])
+def base(request: pytest.FixtureRequest) -> Base:
+    return small(request.param, vocabulary_from_words({"a": 2}, 300))
+
+
+def edits(count: int = 4) -> list[Edit]:
+    names = ("Ada Orben", "Bela Tarm", "Carl Umbo", "Dora Welk", "Emil Zorn", "Fritz Quark")
+    return [Edit(str(i), f"{name} lives in", name, "ABCDEF"[i]) for i, name in enumerate(names[:count])]
+
+
+def moments_of(base: Base) -> Statistics:
+    layout = layout_of(base.model)
+    return key_moments(base, layout, range(layout.count), documents_of(20), 64)
+
+
+QUICK = ValueSettings(steps=5)
+
+
+def editor_of(base: Base, method: Method = "memit") -> WeightEditor:
+    layers = (1,) if method == "rome" else (0, 1)
+    return weight_editor(base, moments_of(base), WeightSettings(method=method, layers=layers, values=QUICK))
+
+
+@pytest.mark.parametrize("method", ["rome", "memit", "alphaedit"])
+def test_reverting_everything_gives_the_old_bits(base: Base, method: Method) -> None:
+    before = {name: tensor.clone() for name, tensor in base.model.state_dict().items()}
+    editor = editor_of(base, method)
+    editor.write(edits()[:2])
+    editor.write(edits()[2:])
+    changed = [name for name, tensor in base.model.state_dict().items() if not torch.equal(tensor, before[name])]
+    assert changed == [f"{editor.layout.path(layer)}.weight" for layer in editor.settings.layers]
+    editor.revert([edit.id for edit in edits()])
+    assert all(torch.equal(tensor, before[name]) for name, tensor in base.model.state_dict().items())
+    with pytest.raises(EditError, match="there is no edit 3"):
+        editor.revert(["3"])
+
+
+def test_one_of_a_batch_is_as_if_never_made(base: Base) -> None:
+    editor = weight_editor(base, moments_of(base), WeightSettings(layers=(1,), values=QUICK))
+    editor.write(edits()[:3])
+    without = editor.layout.weight(1).clone()
+    editor.revert(["0", "1", "2"])
+    editor.write(edits())
+    editor.revert(["3"])
+    assert torch.allclose(editor.layout.weight(1), without, atol=1e-5)
+
+
+def test_values_side_by_side_are_those_of_one_by_one(base: Base) -> None:
+    layout = layout_of(base.model)
+    together = targets(base, layout, 1, edits(), ("A text.",), QUICK)
+    alone = torch.cat([targets(base, layout, 1, [edit], ("A text.",), QUICK) for edit in edits()])
+    assert torch.allclose(together, alone, atol=1e-3)
+
+
+def test_a_model_resumed_from_a_layer_is_the_model(base: Base) -> None:
+    layout, rows = layout_of(base.model), rows_of([prompt_row(base, edit) for edit in edits()], 0)
+    given = {"input_ids": rows.ids, "attention_mask": rows.mask, "use_cache": False}
+    for layer in range(layout.count):
+        below, resumed = from_layer(layout, layer, lambda: base.model.base_model(**given))
+        assert torch.equal(resumed(below), base.model.base_model(**given)[0])
+
+
+def test_moments_do_not_depend_on_how_text_is_cut(base: Base, tmp_path: Path) -> None:
+    layout, texts = layout_of(base.model), list(documents_of(20))
+    taken = key_moments(base, layout, (1,), iter(texts), 64)
+    kept = kept_moments(base, layout, (1,), texts, tmp_path, 64)
+    again = kept_moments(base, layout, (1,), texts, tmp_path, 64)
+    (name,) = taken.tensors
+    assert taken.count == kept.count == again.count and len(list(tmp_path.iterdir())) == 1
+    assert torch.equal(kept.tensors[name], again.tensors[name]) and torch.equal(kept.tensors[name], taken.tensors[name])
+
+
+def test_errors_leave_the_model_alone(base: Base) -> None:
+    editor = editor_of(base)
+    editor.write(edits()[:1])
+    weight = editor.layout.weight(1).clone()
+    with pytest.raises(EditError, match="there is an edit 0 already"):
+        editor.write(edits()[:1])
+    with pytest.raises(EditError, match="contradict"):
+        editor.write([edits()[1], Edit("9", edits()[1].prompt, edits()[1].subject, "Z")])
+    editor.settings = WeightSettings(layers=(0, 1), values=ValueSettings(steps=3, learning_rate=float("inf")))
+    with pytest.raises(EditError, match="NaN or infinite"):
+        editor.write(edits()[1:])
+    assert torch.equal(editor.layout.weight(1), weight) and [edit.id for edit in editor.edits] == ["0"]
+
+
+def test_what_does_not_fit_is_refused(base: Base) -> None:
+    moments = moments_of(base)
+    with pytest.raises(EditError, match="0 to 2"):
+        weight_editor(base, moments, WeightSettings(layers=(1, 7)))
+    with pytest.raises(EditError, match="rome edits one layer"):
+        weight_editor(base, moments, WeightSettings(method="rome", layers=(0, 1)))
+    other = Statistics(moments.kind, moments.tensors, moments.count, "another model")
+    with pytest.raises(EditError, match="another mode"):
+        weight_editor(base, other, WeightSettings())
+    with pytest.raises(ModelError, match="not known where this model keeps facts"):
+        layout_of(base.model.base_model)
