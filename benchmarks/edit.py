@@ -72,7 +72,7 @@ SIZES = {
 def measure(size: Size) -> list[Measurement]:
     base = load_base(WORLD)
     layout = layout_of(base.model)
-    settings = WeightSettings()
+    settings = WeightSettings(layers=(4,), at="prompt")  # as `potluck edit locate` says
     moments = key_moments(base, layout, range(layout.count), documents_of(PEOPLE, tellings=2))
     found: dict[str, list[float]] = {}
     for seed in size.seeds:
@@ -101,7 +101,7 @@ def _judge_together(
     everybody = [edit for share in shares for edit in share]
     originals = {layer: layout.weight(layer).clone() for layer in settings.layers}
     before = contexts(base, settings.seed)
-    z = [targets(base, layout, settings.layers[-1], share, before, settings.values) for share in shares]
+    z = [targets(base, layout, settings.layers[-1], share, before, settings.values, settings.at) for share in shares]
     free = {layer: null_space(moment, settings.kept) for layer, moment in moments.items()}
 
     def memit(m: Tensor, g: Tensor, layer: int) -> Tensor:
@@ -136,8 +136,8 @@ class _Scene:
         for place, layer in enumerate(layers):
             statistics = []
             for edits, z in parts:
-                now = hidden_at(self.base, layout, layers[-1], edits)
-                keys = keys_at(self.base, layout, (layer,), edits, self.contexts)[layer]
+                now = hidden_at(self.base, layout, layers[-1], edits, self.settings.at)
+                keys = keys_at(self.base, layout, (layer,), edits, self.contexts, self.settings.at)[layer]
                 statistics.append(sums(keys, (z - now) / (len(layers) - place)))
             deltas[layer] = rule(statistics, layer)
             add(layout, layer, deltas[layer])
@@ -207,7 +207,7 @@ def _speed(base: Base, layout: Layout, settings: WeightSettings, size: Size) -> 
     values = ValueSettings(enough=0.0)  # all steps, whatever they reach
 
     def find(some: Sequence[Edit]) -> object:
-        return targets(base, layout, settings.layers[-1], some, before, values)
+        return targets(base, layout, settings.layers[-1], some, before, values, settings.at)
 
     ratios = []
     for _ in range(3):

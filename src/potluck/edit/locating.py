@@ -42,12 +42,13 @@ def locate(
         draw(trace, plot)
     return {
         "layers": list(trace.layers),
+        "at": trace.at,
         "facts": trace.asked,
         "known": trace.known,
         "clean": trace.clean,
         "blurred": trace.blurred,
         "window": trace.window,
-        "restored": {
+        **{
             kind: {place: [round(float(p), 4) for p in trace.restored[kind][i]] for i, place in enumerate(PLACES)}
             for kind in KINDS
         },
@@ -68,7 +69,9 @@ def draw(trace: Trace, path: Path) -> None:
     figure = Figure(figsize=(11, 2.8), layout="constrained")
     panels = figure.subplots(1, len(KINDS), sharey=True)
     for panel, kind in zip(panels, KINDS, strict=True):
-        image = panel.imshow(trace.restored[kind], aspect="auto", vmin=trace.blurred, vmax=trace.clean, cmap="Purples")
+        image = panel.imshow(
+            trace.restored[kind].tolist(), aspect="auto", vmin=trace.blurred, vmax=trace.clean, cmap="Purples"
+        )
         panel.set_title(_TITLES[kind].format(trace.window), fontsize=10)
         panel.set_xlabel("layer")
         panel.set_yticks(range(len(PLACES)), PLACES)

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -22,6 +22,7 @@ from potluck.edit.prompts import answers, row
 from potluck.errors import EditError
 
 PLACES = ("first of subject", "middle of subject", "last of subject", "next", "further", "last of prompt")
+_ENDS = ("last of subject", "last of prompt")
 KINDS = ("layer", "mlp", "attention")
 _ATTENTION = {"model.layers": "self_attn", "transformer.h": "attn"}
 
@@ -46,9 +47,19 @@ class Trace:
     window: int
 
     @property
+    def at(self) -> Literal["subject", "prompt"]:
+        """Which token to edit: the one whose MLPs bring back more, the subject's last or the prompt's."""
+        subject, prompt = (float(self.restored["mlp"][PLACES.index(place)].max()) for place in _ENDS)
+        return "subject" if subject >= prompt else "prompt"
+
+    @property
     def layers(self) -> tuple[int, ...]:
-        """Layers to edit: where MLPs at the subject's last token bring back most, and neighbours half as good."""
-        effect = self.restored["mlp"][PLACES.index("last of subject")] - self.blurred
+        """Layers to edit: where MLPs at the edited token bring back most, and neighbours half as good.
+
+        The last layer is left out: nothing comes after it that could use what it says.
+        """
+        end = _ENDS[0] if self.at == "subject" else _ENDS[1]
+        effect = (self.restored["mlp"][PLACES.index(end)] - self.blurred)[:-1]
         peak = int(effect.argmax())
         enough = effect >= effect[peak] / 2
         low = high = peak

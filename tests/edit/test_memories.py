@@ -1,0 +1,122 @@
+"""GRACE and WISE on the world: what they answer, however they are asked, and what is left when an edit goes."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from potluck.compose.base import Base, load_base
+from potluck.edit.evaluation import answers_before, score_edits
+from potluck.edit.facts import Edit
+from potluck.edit.grace import GraceMemory, edit_with_grace, grace_memory
+from potluck.edit.grace import without as without_in_codebook
+from potluck.edit.memories import SideMemory, attached, save_with_memory
+from potluck.edit.of_world import changed_world
+from potluck.edit.prompts import answers, logits_of, row, rows_of
+from potluck.edit.wise import WiseMemory, WiseSettings, edit_with_wise, wise_memory
+from potluck.edit.wise import without as without_in_shards
+from potluck.errors import EditError
+from potluck.models.memory import Shards
+
+WORLD = Path(__file__).parents[1] / "assets" / "world"
+
+
+@pytest.fixture(scope="module")
+def base() -> Base:
+    return load_base(WORLD)
+
+
+@pytest.fixture(scope="module")
+def edits() -> list[Edit]:
+    return changed_world(8, 0)
+
+
+@pytest.fixture(scope="module")
+def book(base: Base, edits: list[Edit]) -> GraceMemory:
+    return edit_with_grace(base, edit_with_grace(base, grace_memory(base, 4), edits[:5]), edits[5:])
+
+
+@pytest.fixture(scope="module")
+def side(base: Base, edits: list[Edit]) -> WiseMemory:
+    settings = WiseSettings(shard=4, quiet=10)
+    return edit_with_wise(base, edit_with_wise(base, wise_memory(base, 4, settings), edits[:3]), edits[3:])
+
+
+@pytest.fixture(params=["book", "side"])
+def memory(request: pytest.FixtureRequest) -> SideMemory:
+    found: SideMemory = request.getfixturevalue(request.param)
+    return found
+
+
+def test_edits_hold_and_others_answers_stay(base: Base, edits: list[Edit], memory: SideMemory) -> None:
+    before = answers_before(base, edits)
+    with attached(base, memory):
+        scores = score_edits(base, edits, before)
+        assert scores == score_edits(base, edits, before, batch_size=1)
+    assert scores.reliability == scores.given_reliability == 1
+    assert scores.locality is not None and scores.locality >= 0.8
+    assert (scores.rephrase or 0) >= (0.8 if isinstance(memory, WiseMemory) else 0)
+    assert answers(base, [edit.prompt for edit in edits]) == [edit.old for edit in edits]  # the model is as it was
+
+
+def test_one_text_whole_in_a_batch_or_token_by_token(base: Base, edits: list[Edit], memory: SideMemory) -> None:
+    rows = [row(base.vocabulary, edit.prompt, f"{edit.target}.") for edit in edits[:3]]
+    with attached(base, memory), torch.inference_mode():
+        batch = logits_of(base.model, rows_of(rows, base.vocabulary.end_of_text))
+        for i, one in enumerate(rows):
+            alone = logits_of(base.model, rows_of([one], 0))[0]
+            cache, steps = None, []
+            for token in one.ids:
+                out = base.model(input_ids=torch.tensor([[token]]), past_key_values=cache, use_cache=True)
+                cache = out.past_key_values
+                steps.append(out.logits[0, -1].float())
+            assert torch.allclose(batch[i, : len(one.ids)], alone, atol=1e-3)
+            assert torch.allclose(torch.stack(steps), alone, atol=1e-3)
+
+
+def test_a_folder_answers_as_the_memory_does(base: Base, edits: list[Edit], memory: SideMemory, tmp_path: Path) -> None:
+    save_with_memory(base, memory, tmp_path / "edited")
+    prompts = [edit.prompt for edit in edits] + [prompt for edit in edits for prompt in edit.neighbours]
+    with attached(base, memory):
+        expected = answers(base, prompts)
+    assert answers(load_base(tmp_path / "edited"), prompts) == expected
+
+
+def test_what_is_taken_back_leaves_no_trace(base: Base, edits: list[Edit], side: WiseMemory, book: GraceMemory) -> None:
+    left = without_in_shards(base, side, ["5"])
+    assert torch.equal(left.shards[0].delta, side.shards[0].delta)
+    never = edit_with_wise(base, wise_memory(base, 4, side.settings), edits[:4])
+    never = edit_with_wise(base, never, [edit for edit in edits[4:] if edit.id != "5"])
+    assert all(torch.equal(a.delta, b.delta) for a, b in zip(left.shards, never.shards, strict=True))
+    fewer = without_in_codebook(book, ["1", "6"])
+    with attached(base, fewer):
+        said = answers(base, [edit.prompt for edit in edits])
+    assert [s == (e.old if e.id in ("1", "6") else e.target) for s, e in zip(said, edits, strict=True)] == [True] * 8
+    for missing in (lambda: without_in_codebook(book, ["9"]), lambda: without_in_shards(base, side, ["9"])):
+        with pytest.raises(EditError, match="there is no edit 9"):
+            missing()
+    with pytest.raises(EditError, match="there is an edit 1 already"):
+        edit_with_grace(base, book, edits[1:2])
+
+
+def test_the_shard_that_recognises_most_is_asked_from_then_on() -> None:
+    shards = Shards(2, d_in=2, d_out=1)
+    shards.load_state_dict(
+        {"deltas": torch.tensor([[[1.0, 0.0]], [[0.0, 1.0]]]), "thresholds": torch.tensor([1.0, 2.0])}
+    )
+    x = torch.tensor([[[0.5, 0.0], [1.0, 0.0], [0.3, 0.3], [0.0, 6.0], [0.0, 0.5]]])
+    whole = shards(x, torch.zeros(1, 5, 1))
+    assert whole.flatten().tolist() == pytest.approx([0.0, 1.0, 0.3, 6.0, 0.5])
+    shards.reset()
+    assert torch.equal(torch.cat([shards(x[:, i : i + 1], torch.zeros(1, 1, 1)) for i in range(5)], 1), whole)
+
+
+def test_plain_transformers_refuses_a_folder_with_a_memory(base: Base, book: GraceMemory, tmp_path: Path) -> None:
+    save_with_memory(base, book, tmp_path / "edited")
+    config = (tmp_path / "edited" / "config.json").read_text()
+    (tmp_path / "edited" / "config.json").write_text(config.replace("potluck_edited", "potluck_edited_elsewhere"))
+    with pytest.raises(ValueError, match="potluck_edited_elsewhere"):
+        AutoModelForCausalLM.from_pretrained(tmp_path / "edited")
