@@ -8,6 +8,7 @@ import threading
 import time
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -114,6 +115,10 @@ class NatsEngine:
         self._count += 1
         self._open.add(self._count)
         reason = self.members.away(to, reading=task.kind == "words")
+        if reason:  # by the last look; it may have become ready since, and have answered
+            with suppress(EngineError):
+                self.members.look()
+            reason = self.members.away(to, reading=task.kind == "words")
         if reason:
             self._inbox.put(Reply(task=self._count, participant=to, status="failed", reason=reason))
             return self._count
