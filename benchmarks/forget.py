@@ -11,14 +11,14 @@ real authors. **XS**, extraction strength; answers are one token here, so it is 
 **said**: share of answers said freely, to prompts that were never trained. **relearning**: steps of fine-tuning on a
 tenth of what was forgotten until the rest has half its probability back; 51 is never.
 
-Rates and layers were chosen on people who are in no figure here (240 to 279).
+Settings of each method were chosen on people who are in no figure here, six for each (`benchmarks._forget_grid`).
 """
 
 from __future__ import annotations
 
 import copy
 import random
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import chain
 from pathlib import Path
@@ -27,33 +27,22 @@ from statistics import median
 import torch
 from torch.nn.utils import clip_grad_norm_
 
+from benchmarks._forget_methods import REFUSING, Case, Forget, methods
 from benchmarks._measure import Measurement, main, measured
-from potluck.aggregation.statistics import Statistics
 from potluck.compose.base import Base, load_base
 from potluck.corpus.world import Fact, facts
-from potluck.edit.forgetting import losses
-from potluck.edit.forgetting.commands import editor_named
 from potluck.edit.forgetting.losses import mean_nll
-from potluck.edit.forgetting.quality import (
-    forget_quality,
-    model_utility,
-    said_rate,
-    told_of,
-    truth_ratios,
-    utility_of,
-)
-from potluck.edit.forgetting.questions import Question, of_world
-from potluck.edit.forgetting.refusals import Refusing, refuse
+from potluck.edit.forgetting.quality import forget_quality, said_rate, told_of, truth_ratios
+from potluck.edit.forgetting.questions import of_world
 from potluck.edit.forgetting.relearning import Relearning, relearning_steps
-from potluck.edit.forgetting.strangers import Strangers, estranged
-from potluck.edit.forgetting.unlearning import Unlearning, question_rows, unlearn
+from potluck.edit.forgetting.unlearning import question_rows
 from potluck.edit.layout import layout_of
 from potluck.edit.moments import key_moments
 from potluck.edit.prompts import logits_of, rows_of
 
 ASSET = Path(__file__).parents[1] / "tests/assets/world"
 KNOWN = 200  # people of the base
-REFUSING = "stranger, then refusal"  # what is judged
+TAKEN: dict[str, str] = {}  # of each method's settings, as `benchmarks._forget_grid` found
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,14 +50,15 @@ class Size:
     """How much is measured.
 
     Attributes:
-        people: Who are learned.
+        people, first: Who are learned, and the number of the first.
         splits: How many of them are forgotten.
         epochs: Of learning.
         world: Every so many-th sentence of the base's world is asked.
-        methods: Names in `methods_of`; all if empty.
+        methods: Names in `benchmarks._forget_methods`; all if empty.
     """
 
     people: int = 40
+    first: int = KNOWN
     splits: Mapping[str, int]
     seeds: tuple[int, ...]
     epochs: int = 10
@@ -78,43 +68,15 @@ class Size:
 
 SIZES = {
     "short": Size(splits={"forget10": 4}, seeds=(0,), methods=("NPO", REFUSING)),
-    "full": Size(splits={"forget10": 4, "forget05": 2}, seeds=(0, 1, 2)),
+    "full": Size(splits={"forget10": 4, "forget20": 8}, seeds=(0, 1, 2)),
 }
-
-
-@dataclass(frozen=True)
-class Case:
-    """One request to forget.
-
-    Attributes:
-        base: Knows everybody.
-        never: Never knew who is to be forgotten.
-        forget: Their sentences, in all phrasings; ``gone`` is one question for each of their facts.
-        retain: The other people's sentences; ``kept`` and ``world`` are asked.
-        moments: Of what shall stay.
-    """
-
-    base: Base
-    never: Base
-    forget: list[Question]
-    gone: list[Question]
-    retain: list[Question]
-    kept: list[Question]
-    world: list[Question]
-    moments: Statistics
-
-    def utility(self, base: Base) -> float:
-        return model_utility([utility_of(base, self.kept), utility_of(base, self.world)])
-
-
-Forget = Callable[[Case, int], Base]
 
 
 def measure(size: Size) -> list[Measurement]:
     found: dict[tuple[str, str], dict[str, list[float]]] = {}
     for seed in size.seeds:
         for split, case in cases(size, seed):
-            for name, method in (("as it was", _nothing), *methods_of(size).items()):
+            for name, method in compared(size).items():
                 for figure, value in figures(case, method(case, seed), seed).items():
                     found.setdefault((split, name), {}).setdefault(figure, []).append(value)
     return [
@@ -122,6 +84,15 @@ def measure(size: Size) -> list[Measurement]:
         for (split, name), runs in found.items()
         for result in judged(split, name, runs, found.get((split, "NPO")))
     ]
+
+
+def compared(size: Size) -> dict[str, Forget]:
+    """All methods as they are taken, after both models that nothing was done to."""
+    found: dict[str, Forget] = {"as it was": lambda case, seed: case.base, "never knew": lambda case, seed: case.never}
+    for name, settings in methods().items():
+        if not size.methods or name in size.methods:
+            found[name] = settings[TAKEN[name]]
+    return found
 
 
 def judged(
@@ -141,7 +112,8 @@ def judged(
 
 def cases(size: Size, seed: int) -> list[tuple[str, Case]]:
     asset = load_base(ASSET)
-    people = [facts(1, first=KNOWN + number) for number in range(size.people)]
+    asset.model.to("cuda" if torch.cuda.is_available() else "cpu")
+    people = [facts(1, first=size.first + number) for number in range(size.people)]
     random.Random(seed).shuffle(people)
     known = facts(KNOWN)
     base = learned(asset, list(chain(*people)), known, size.epochs, seed)
@@ -170,7 +142,7 @@ def learned(asset: Base, new: Sequence[Fact], known: Sequence[Fact], epochs: int
     for step in range(total):
         beside = torch.randint(len(old), (size // 2,), generator=draw).tolist()
         chosen = [rows[i] for i in order[step * size : (step + 1) * size]] + [old[i] for i in beside]
-        batch = rows_of(chosen, asset.vocabulary.end_of_text)
+        batch = rows_of(chosen, asset.vocabulary.end_of_text).to(model.device)
         for group in adam.param_groups:
             group["lr"] = peak * min(1.0, (step + 1) / 10, (total - step) / (0.7 * total))
         adam.zero_grad(set_to_none=True)
@@ -191,54 +163,8 @@ def figures(case: Case, base: Base, seed: int) -> dict[str, float]:
         "MU, of the model that never knew": case.utility(base) / max(case.utility(case.never), 1e-9),
         "XS": sum(told.extraction_strengths) / len(asked),
         "said": said_rate(base, [(q.paraphrased_question, q.answer) for q in case.gone]),
-        "relearning": float(relearning_steps(base, case.gone, knew, Relearning(seed=seed))),
+        "relearning": float(relearning_steps(base, case.gone, knew, Relearning(learning_rate=5e-4, seed=seed))),
     }
-
-
-def methods_of(size: Size) -> dict[str, Forget]:
-    rates: dict[str, tuple[losses.Method, float, int]] = {
-        "GA": (losses.GA, 5e-4, 10),
-        "GA, stopped early": (losses.GA, 3e-4, 5),
-        "GradDiff": (losses.GRAD_DIFF, 3e-4, 10),
-        "KL": (losses.KL, 3e-4, 10),
-        "NPO": (losses.Npo(), 3e-4, 5),
-        "SimNPO": (losses.SimNpo(), 1e-3, 10),
-        "IdkDPO": (losses.IdkDpo(), 3e-4, 10),
-        "RMU": (losses.Rmu(layer=2), 5e-4, 10),
-        "as a stranger": (losses.AsStranger(), 5e-4, 20),
-    }
-    found: dict[str, Forget] = {name: _by_loss(*how) for name, how in rates.items()}
-    found |= {f"refusal, {name}": _by_editor(name) for name in ("alphaedit", "memit", "ft", "wise")}
-    found |= {"stranger": _stranger, REFUSING: _stranger_refusing}
-    return {name: method for name, method in found.items() if not size.methods or name in size.methods}
-
-
-def _nothing(case: Case, seed: int) -> Base:
-    return case.base
-
-
-def _by_loss(method: losses.Method, rate: float, epochs: int) -> Forget:
-    def forget(case: Case, seed: int) -> Base:
-        settings = Unlearning(epochs, learning_rate=rate, seed=seed)
-        return replace(case.base, model=unlearn(case.base, case.forget, case.retain, method, settings, ("unknown",)))
-
-    return forget
-
-
-def _by_editor(name: str) -> Forget:
-    def forget(case: Case, seed: int) -> Base:
-        return refuse(case.base, case.gone, editor_named(name, case.moments, (1, 2), seed), Refusing(seed=seed))[0]
-
-    return forget
-
-
-def _stranger(case: Case, seed: int) -> Base:
-    return estranged(case.base, case.forget, case.retain, case.moments, Strangers(seed=seed))
-
-
-def _stranger_refusing(case: Case, seed: int) -> Base:
-    editor = editor_named("alphaedit", case.moments, (1, 2), seed)
-    return refuse(_stranger(case, seed), case.gone, editor, Refusing(seed=seed))[0]
 
 
 if __name__ == "__main__":

@@ -159,7 +159,7 @@ def edited_maps(network: Network, recipe: Recipe) -> Maps:
     """
     if recipe.editing is None:
         return {}
-    return maps_of(layout_of(network.model), network.flat.manifest, recipe.editing.layers)
+    return maps_of(layout_of(network.model), network.flat.manifest, recipe.editing.layers, recipe.editing.at)
 
 
 def site_in(

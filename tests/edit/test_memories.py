@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -10,12 +11,14 @@ from transformers import AutoModelForCausalLM
 
 from potluck.compose.base import Base, load_base
 from potluck.edit.evaluation import answers_before, score_edits
-from potluck.edit.facts import Edit
+from potluck.edit.facts import Edit, write_edits
 from potluck.edit.grace import GraceMemory, edit_with_grace, grace_memory
 from potluck.edit.grace import without as without_in_codebook
 from potluck.edit.memories import SideMemory, attached, save_with_memory
 from potluck.edit.of_world import changed_world
 from potluck.edit.prompts import answers, logits_of, row, rows_of
+from potluck.edit.remembered import load_memory
+from potluck.edit.requests import Request, apply, revert
 from potluck.edit.wise import WiseMemory, WiseSettings, edit_with_wise, wise_memory
 from potluck.edit.wise import without as without_in_shards
 from potluck.errors import EditError
@@ -83,6 +86,21 @@ def test_a_folder_answers_as_the_memory_does(base: Base, edits: list[Edit], memo
     with attached(base, memory):
         expected = answers(base, prompts)
     assert answers(load_base(tmp_path / "edited"), prompts) == expected
+    reopened, held = load_memory(tmp_path / "edited")
+    assert answers(reopened, prompts) == answers(base, prompts)
+    with attached(reopened, held):
+        assert answers(reopened, prompts) == expected
+    done = revert(tmp_path / "edited", ["1"], tmp_path / "less")
+    assert done["edits"] == 7
+    said = answers(load_base(tmp_path / "less"), [edit.prompt for edit in edits])
+    assert [s == (e.old if e.id == "1" else e.target) for s, e in zip(said, edits, strict=True)] == [True] * 8
+    write_edits(tmp_path / "one.json", edits[1:2])
+    method, layer = ("grace", 4) if isinstance(held, GraceMemory) else ("wise", 4)
+    again = Request(tmp_path / "less", tmp_path / "one.json", tmp_path / "more", method, (layer,))
+    assert apply(again)["told"] == 1
+    assert answers(load_base(tmp_path / "more"), [e.prompt for e in edits]) == [e.target for e in edits]
+    with pytest.raises(EditError, match="was edited with layers"):
+        apply(replace(again, layers=(3,), out=tmp_path / "other"))
 
 
 def test_what_is_taken_back_leaves_no_trace(base: Base, edits: list[Edit], side: WiseMemory, book: GraceMemory) -> None:

@@ -9,6 +9,7 @@ from typing import Annotated, Any
 
 import typer
 
+from potluck.cli.edit import Site
 from potluck.cli.options import JsonOption, print_json
 
 verbs = typer.Typer()
@@ -52,6 +53,7 @@ def forget(
     refusals: Annotated[Path | None, typer.Option(help="What to answer instead, one a line.")] = None,
     text: Annotated[Path | None, _panel(_EDITORS, "Text to leave as it is; the retained answers if left out.")] = None,
     layers: Annotated[str, _panel(_EDITORS, "Whose maps are written, such as `1,2`.")] = "",
+    at: Annotated[Site | None, _panel(_EDITORS, "At whose last token; the subject's if left out.")] = None,
     merge: Annotated[int, _panel(_EDITORS, "Join so many questions about one subject.", min=1)] = 1,
     refuse: Annotated[bool, _panel(_EDITORS, "After `stranger`, edit refusals in.", "--refuse")] = False,
     epochs: Annotated[int, _panel(_LOSSES, "Passes over what is to be forgotten.", min=1)] = 10,
@@ -84,8 +86,8 @@ def forget(
     if forget is None or out is None:
         raise typer.BadParameter("both are needed", param_hint="--forget, --out")
     request = commands.Request(
-        model, forget, retain, method.value, out, refusals, text, refuse, _layers(layers), merge, task, epochs,
-        batch_size, learning_rate, seed, record, key,
+        model, forget, retain, method.value, out, refusals, text, refuse, _layers(layers),
+        at.value if at else None, merge, task, epochs, batch_size, learning_rate, seed, record, key,
     )  # fmt: skip
     _print(commands.forget(request, lambda what: None if as_json else typer.echo(what, err=True)), as_json)
 

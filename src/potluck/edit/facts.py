@@ -7,7 +7,7 @@ and zsRE; which it is, is told by the fields of its first record.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -85,6 +85,29 @@ def write_edits(path: Path, edits: Sequence[Edit]) -> None:
     path.write_text(json.dumps([asdict(edit) for edit in edits], indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
+def edit_of(row: Mapping[str, Any], number: int = 0) -> Edit:
+    """An edit of a record in our own form; ``number`` is its id if it has none.
+
+    Raises:
+        KeyError, TypeError, ValueError: It is none.
+    """
+    unknown = row.keys() - {field.name for field in fields(Edit)}
+    if unknown:
+        raise ValueError(f"unknown field {min(unknown)}")
+    return Edit(
+        id=str(row.get("id", number)),
+        prompt=_text(row["prompt"]),
+        subject=_text(row["subject"]),
+        target=_text(row["target"]),
+        old=_text(row.get("old", "")),
+        rephrases=tuple(map(_text, row.get("rephrases", ()))),
+        neighbours=tuple(map(_text, row.get("neighbours", ()))),
+        onward=tuple((_text(prompt), _text(answer)) for prompt, answer in row.get("onward", ())),
+        relation=_text(row.get("relation", "")),
+        made_at=float(row.get("made_at", 0.0)),
+    )
+
+
 def checked_edits(edits: Sequence[Edit], where: str) -> list[Edit]:
     """The edits, if they can be made together.
 
@@ -113,29 +136,16 @@ def checked_edits(edits: Sequence[Edit], where: str) -> list[Edit]:
 
 
 def _reader(first: dict[str, Any], path: Path) -> Callable[[dict[str, Any], int], Edit]:
-    for field, read in (("requested_rewrite", _counterfact), ("target_new", _flat), ("alt", _zsre), ("target", _own)):
+    for field, read in (
+        ("requested_rewrite", _counterfact),
+        ("target_new", _flat),
+        ("alt", _zsre),
+        ("target", edit_of),
+    ):
         if field in first:
             return read
     hint = "records need id, prompt, subject and target, or are those of CounterFact or zsRE"
     raise EditError(f"{path}: records with fields {', '.join(list(first)[:12])} are not edits", hint)
-
-
-def _own(row: dict[str, Any], number: int) -> Edit:
-    unknown = row.keys() - {field.name for field in fields(Edit)}
-    if unknown:
-        raise ValueError(f"unknown field {min(unknown)}")
-    return Edit(
-        id=str(row.get("id", number)),
-        prompt=_text(row["prompt"]),
-        subject=_text(row["subject"]),
-        target=_text(row["target"]),
-        old=_text(row.get("old", "")),
-        rephrases=tuple(map(_text, row.get("rephrases", ()))),
-        neighbours=tuple(map(_text, row.get("neighbours", ()))),
-        onward=tuple((_text(prompt), _text(answer)) for prompt, answer in row.get("onward", ())),
-        relation=_text(row.get("relation", "")),
-        made_at=float(row.get("made_at", 0.0)),
-    )
 
 
 def _counterfact(row: dict[str, Any], number: int) -> Edit:

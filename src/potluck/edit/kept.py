@@ -20,7 +20,7 @@ from transformers import AutoTokenizer
 
 from potluck.aggregation.statistics import Statistics
 from potluck.compose.base import Base, load_base, weights_hash
-from potluck.edit.facts import Edit
+from potluck.edit.facts import edit_of
 from potluck.edit.layout import layout_of
 from potluck.edit.values import ValueSettings
 from potluck.edit.weights import WeightEditor, WeightSettings, Written
@@ -107,15 +107,10 @@ def _editor(base: Base, facts: Mapping[str, Any], tensors: Mapping[str, Tensor])
     written = []
     for number, rows in enumerate(facts["batches"]):
         parts = [{layer: tensors[f"{number}.{part}.{layer}"] for layer in layers} for part in _PARTS]
-        batch = Written(tuple(_edit(row) for row in rows), *parts)
+        batch = Written(tuple(edit_of(row) for row in rows), *parts)
         if any(len(tensor) != len(batch.edits) for part in parts for tensor in part.values()):
             raise ValueError("keys and edits differ in number")
         written.append(batch)
     if not all(torch.isfinite(tensor).all() for tensor in tensors.values()):
         raise ValueError("NaN or infinite values")
     return WeightEditor(base, moments, settings, {layer: tensors[f"original.{layer}"] for layer in layers}, written)
-
-
-def _edit(row: Mapping[str, Any]) -> Edit:
-    lists = {name: tuple(row[name]) for name in ("rephrases", "neighbours")}
-    return Edit(**{**row, **lists, "onward": tuple((prompt, answer) for prompt, answer in row["onward"])})

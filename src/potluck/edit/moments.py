@@ -37,6 +37,16 @@ def key_moments(
     Raises:
         CorpusError: The text is shorter than one sequence.
     """
+    sums, tokens = squared_keys(base, layout, layers, _batches(base, texts, sequence_length))
+    if not tokens:
+        raise CorpusError(f"the text is shorter than one sequence of {sequence_length} tokens")
+    return Statistics(KIND, {name_of(layout, layer): total for layer, total in sums.items()}, tokens, base.content_hash)
+
+
+def squared_keys(
+    base: Base, layout: Layout, layers: Sequence[int], batches: Iterable[Tensor]
+) -> tuple[dict[int, Tensor], int]:
+    """``Σ k kᵀ`` of every layer, ``(d_in, d_in)`` in float64, over batches of token ids ``(B, T)``; how many tokens."""
     sums = {layer: torch.zeros(layout.d_in, layout.d_in, dtype=torch.float64) for layer in layers}
     tokens = 0
 
@@ -45,12 +55,10 @@ def key_moments(
         sums[layer] += (flat.T @ flat).cpu().double()
 
     with watching({layer: layout.map(layer) for layer in layers}, take), torch.inference_mode():
-        for batch in _batches(base, texts, sequence_length):
+        for batch in batches:
             base.model.base_model(input_ids=batch.to(base.model.device), use_cache=False)
             tokens += batch.numel()
-    if not tokens:
-        raise CorpusError(f"the text is shorter than one sequence of {sequence_length} tokens")
-    return Statistics(KIND, {name_of(layout, layer): total for layer, total in sums.items()}, tokens, base.content_hash)
+    return sums, tokens
 
 
 def moment_of(moments: Statistics, base_hash: str, layout: Layout, layer: int) -> Tensor:

@@ -4,21 +4,23 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import partial, reduce
 from pathlib import Path
 from typing import Any, cast
 
 from potluck.compose.base import Base, load_base, texts_of
 from potluck.edit.contexts import Site
 from potluck.edit.facts import Edit, read_edits
-from potluck.edit.grace import edit_with_grace, grace_memory
+from potluck.edit.grace import GraceMemory, grace_memory
 from potluck.edit.kept import load_edited, save_edited, save_model
 from potluck.edit.layout import layout_of
-from potluck.edit.memories import SideMemory, attached, save_with_memory
+from potluck.edit.memories import attached, save_with_memory
 from potluck.edit.moments import kept_moments
 from potluck.edit.prompts import answers
+from potluck.edit.remembered import Memory, has_memory, load_memory, with_edits, without
 from potluck.edit.tuning import Tuning, fine_tune
 from potluck.edit.weights import Method, WeightEditor, WeightSettings, weight_editor
-from potluck.edit.wise import WiseSettings, edit_with_wise, wise_memory
+from potluck.edit.wise import WiseSettings, wise_memory
 from potluck.errors import EditError, RecipeError, StorageError
 from potluck.files import appearing
 
@@ -68,9 +70,10 @@ def apply(request: Request, moments_folder: Path = Path("runs/moments")) -> dict
     """
     edits = read_edits(request.edits)
     _check(request)
-    earlier = request.model / "edits"
-    if request.method in IN_WEIGHTS and earlier.is_dir():
+    if request.method in IN_WEIGHTS and (request.model / "edits").is_dir():
         return _go_on(request, edits)
+    if has_memory(request.model):
+        return _remember_more(request, edits)
     base = load_base(request.model)
     before = _neighbours(base, edits)
     layers = request.layers or default_layers(base, request.method)
@@ -107,18 +110,13 @@ def _written(
     return editor
 
 
-def _remembered(base: Base, request: Request, layers: tuple[int, ...], batches: Sequence[Sequence[Edit]]) -> SideMemory:
+def _remembered(base: Base, request: Request, layers: tuple[int, ...], batches: Sequence[Sequence[Edit]]) -> Memory:
     if len(layers) != 1:
         raise EditError(f"{request.method} has a memory beside one layer, not {len(layers)}", "name one with --layers")
-    if request.method == "grace":
-        book = grace_memory(base, layers[0])
-        for batch in batches:
-            book = edit_with_grace(base, book, batch)
-        return book
-    side = wise_memory(base, layers[0], WiseSettings(seed=request.seed))
-    for batch in batches:
-        side = edit_with_wise(base, side, batch)
-    return side
+    empty: Memory = grace_memory(base, layers[0])
+    if request.method == "wise":
+        empty = wise_memory(base, layers[0], WiseSettings(seed=request.seed))
+    return reduce(partial(with_edits, base), batches, empty)
 
 
 def revert(model: Path, ids: Sequence[str], out: Path) -> dict[str, Any]:
@@ -131,6 +129,11 @@ def revert(model: Path, ids: Sequence[str], out: Path) -> dict[str, Any]:
     """
     if out.exists():
         raise StorageError(f"{out}: there is something here already", "name a new folder")
+    if has_memory(model):
+        base, memory = load_memory(model)
+        memory = without(base, memory, ids)
+        save_with_memory(base, memory, out)
+        return {"model": str(out), "reverted": list(ids), "edits": len(memory.edits)}
     editor = load_edited(model)
     editor.revert(ids)
     save_edited(editor, out)
@@ -165,6 +168,23 @@ def _go_on(request: Request, edits: Sequence[Edit]) -> dict[str, Any]:
     save_edited(editor, request.out)
     said = _said(editor.base, edits, before)
     return {"model": str(request.out), "method": request.method, "layers": list(editor.settings.layers), **said}
+
+
+def _remember_more(request: Request, edits: Sequence[Edit]) -> dict[str, Any]:
+    """Further edits of a model with a side memory."""
+    base, memory = load_memory(request.model)
+    kept = {"method": "grace" if isinstance(memory, GraceMemory) else "wise", "layers": (memory.layer,)}
+    for name, value in (("method", request.method), ("layers", request.layers or kept["layers"])):
+        if value != kept[name]:
+            hint = "go on with the same, or begin with an unedited model"
+            raise EditError(f"{request.model}: was edited with {name} {kept[name]}, not {value}", hint)
+    with attached(base, memory):
+        before = _neighbours(base, edits)
+    memory = reduce(partial(with_edits, base), _batches(edits, request.at_once), memory)
+    with attached(base, memory):
+        said = _said(base, edits, before)
+    save_with_memory(base, memory, request.out)
+    return {"model": str(request.out), "method": request.method, "layers": [memory.layer], **said}
 
 
 def _check(request: Request) -> None:

@@ -54,7 +54,8 @@ def fine_tune(base: Base, edits: Sequence[Edit], settings: Tuning) -> None:
     layout = layout_of(base.model)
     layers = layout.check_layers(settings.layers)
     draw = torch.Generator().manual_seed(settings.seed)
-    additions = {layer: _addition(layout.d_in, layout.d_out, settings.rank, draw) for layer in layers}
+    device = base.model.device
+    additions = {layer: _addition(layout.d_in, layout.d_out, settings.rank, draw).to(device) for layer in layers}
     part = [parameter for addition in additions.values() for parameter in addition.parameters()]
     at_work = added(base.model, {layout.path(layer): addition for layer, addition in additions.items()})
     with at_work, only_training(base.model, part):

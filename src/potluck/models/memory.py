@@ -145,7 +145,7 @@ class EditedForCausalLM(PreTrainedModel, GenerationMixin):
             raise ValueError(f"a memory of kind {config.kind!r} with {config.entries} entries is not known")
         self.memory = kinds[config.kind](config.entries, config.d_in, config.d_out)
         cast(Any, self).post_init()
-        install(self.edited, config.path, self.memory)
+        self.detach = install(self.edited, config.path, self.memory)  # leaves ``edited`` as it was
 
     def get_input_embeddings(self) -> nn.Module:
         """The model's."""

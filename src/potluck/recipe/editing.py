@@ -14,6 +14,7 @@ if TYPE_CHECKING:
 Method = Literal["memit", "alphaedit"]
 Form = Literal["sequential", "one-shot"]
 Policy = Literal["newest", "priority", "reject", "ask"]
+At = Literal["subject", "prompt"]
 
 
 class Values(Table):
@@ -40,6 +41,7 @@ class Editing(Table):
 
     method: Method = setting("memit", "MEMIT (arXiv 2210.07229) or AlphaEdit (arXiv 2410.02355), from sums.")
     layers: tuple[int, ...] = setting(..., "Layers whose MLP is edited, from 0.", unit="layers", min_length=1)
+    at: At = setting("subject", "Whose last token is edited, the subject's or the prompt's (`potluck edit locate`).")
     form: Form = setting(
         "sequential",
         "`sequential`: one exchange a layer, each on the weights that the last one left; `one-shot`: one exchange for "
@@ -63,8 +65,10 @@ class Editing(Table):
         unit="edits",
         ge=0,
     )
-    moment_weight: float = setting(1.0, "MEMIT's weight of the text's keys (lambda).", unit="observations", gt=0)
-    null_weight: float = setting(0.05, "AlphaEdit's ridge (L2).", unit="squared keys", gt=0)
+    moment_weight: float = setting(
+        8000.0, "MEMIT's weight of the text's keys (lambda): as many tokens as one edit weighs.", unit="tokens", gt=0
+    )
+    null_weight: float = setting(120.0, "AlphaEdit's ridge (L2).", unit="squared keys", gt=0)
     kept_energy: float = setting(
         0.99, "Share of the text's energy that AlphaEdit does not touch.", unit="fraction", gt=0, lt=1
     )

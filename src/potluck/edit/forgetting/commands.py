@@ -11,6 +11,7 @@ from typing import Any, Literal, cast
 
 from potluck.aggregation.statistics import Statistics
 from potluck.compose.base import Base, load_base, texts_of
+from potluck.edit.contexts import Site
 from potluck.edit.facts import Edit
 from potluck.edit.forgetting import losses
 from potluck.edit.forgetting.quality import model_utility, said_rate, told_of, truth_ratios, utility_of
@@ -22,7 +23,7 @@ from potluck.edit.kept import save_model
 from potluck.edit.layout import layout_of
 from potluck.edit.memories import save_with_memory
 from potluck.edit.moments import key_moments
-from potluck.edit.requests import default_layers
+from potluck.edit.requests import IN_WEIGHTS, default_layers
 from potluck.edit.tuning import Tuning, fine_tune
 from potluck.edit.weights import Method, WeightSettings, weight_editor
 from potluck.edit.wise import WiseMemory, WiseSettings, edit_with_wise, wise_memory
@@ -49,6 +50,7 @@ class Request:
         text: Text that editors leave as it is; retained questions with their answers if left out.
         refuse: After `stranger`, edit refusals in.
         layers: That editors write to; a fifth and two fifths of the way up if left out.
+        at: Whose last token they write at, the subject's or the prompt's.
         task: Of TOFU's files, the questions of this task alone.
         record, key: Where a signed record goes, and the file of the key that signs it.
     """
@@ -62,6 +64,7 @@ class Request:
     text: Path | None = None
     refuse: bool = False
     layers: tuple[int, ...] = ()
+    at: str | None = None
     merge: int = 1
     task: str = ""
     epochs: int = 10
@@ -118,16 +121,16 @@ def forgotten(
     """The model without it, and what an editor keeps beside the weights; the given model stays as it is."""
     refusals = read_refusals(request.refusals) if request.refusals else ("unknown",)
     if request.method in _WRITTEN:
-        layers = request.layers or default_layers(base, request.method)
+        layers, at = request.layers or default_layers(base, request.method), cast(Site, request.at or "subject")
         moments = moments_of(base, kept, request.text, layers)
         held: object = None
         edited = base
         if request.method == "stranger":
-            edited = estranged(base, questions, kept, moments, Strangers(layers=layers, seed=request.seed))
+            edited = estranged(base, questions, kept, moments, Strangers(layers, at, seed=request.seed))
         if request.method != "stranger" or request.refuse:
             how = Refusing(refusals, merge=request.merge, seed=request.seed)
             name = "alphaedit" if request.method == "stranger" else request.method
-            edited, held = refuse(edited, questions, editor_named(name, moments, layers, request.seed), how)
+            edited, held = refuse(edited, questions, editor_named(name, moments, layers, at, request.seed), how)
         return edited, held
     settings = Unlearning(request.epochs, request.batch_size, request.learning_rate, seed=request.seed)
     method = loss_named(cast(LossName, request.method), base)
@@ -156,14 +159,14 @@ def loss_named(name: LossName, base: Base) -> losses.Method:
             return losses.Rmu(layer=min(7, layout_of(base.model).count * 7 // 16))
 
 
-def editor_named(name: str, moments: Statistics, layers: tuple[int, ...], seed: int) -> Editor:
+def editor_named(name: str, moments: Statistics, layers: tuple[int, ...], at: Site, seed: int) -> Editor:
     """An editor as a function that edits the model that it is given, in place."""
     if name == "wise":
         return _wise(layers[-1], seed)
     if name in ("ft", "lora"):
         rank, rate = (8, 5e-3) if name == "lora" else (0, 5e-4)
         return lambda base, edits: fine_tune(base, edits, Tuning(layers, rank, learning_rate=rate, seed=seed))
-    settings = WeightSettings(cast(Method, name), layers, seed=seed)
+    settings = WeightSettings(cast(Method, name), layers, at, seed=seed)
 
     def edit(base: Base, edits: Sequence[Edit]) -> object:
         own = dataclasses.replace(moments, base_hash=base.content_hash)  # a copy, or a stranger's, of what was measured
@@ -305,14 +308,17 @@ def _check(request: Request) -> None:
     written = request.method in _WRITTEN[1:] or request.refuse
     if request.refusals and not (written or request.method == "idk-dpo"):
         raise RecipeError(f"--refusals has no effect on --method {request.method}", "leave it out")
+    if request.at and request.method not in ("stranger", *IN_WEIGHTS):
+        raise RecipeError(f"--at has no effect on --method {request.method}", "leave it out")
     if request.merge != 1 and not written:
         raise RecipeError(f"--merge has no effect on --method {request.method}", "leave it out")
 
 
 def _settings(request: Request) -> dict[str, Any]:
     if request.method in _WRITTEN:
-        return {"layers": list(request.layers), "merge": request.merge, "refuse": request.refuse, "seed": request.seed}
-    names = ("epochs", "batch_size", "learning_rate", "seed")
+        names: tuple[str, ...] = ("layers", "at", "merge", "refuse", "seed")
+    else:
+        names = ("epochs", "batch_size", "learning_rate", "seed")
     return {name: getattr(request, name) for name in names}
 
 

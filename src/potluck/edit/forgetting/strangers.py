@@ -1,9 +1,10 @@
 """Forgetting somebody: at the name, the model gets what it has at the name of somebody it never heard of.
 
 A refusal that is edited in stands before what is known, and below it the right answer stays likelier than wrong ones:
-a truth ratio sees that. Here nothing is put in an answer's place. The residual stream at the subject's last token
-becomes that at an invented name, ``z = mean h(stranger)``, and is written like any edit, in AlphaEdit's null space of
-what shall stay. Whatever the model says of strangers, it then says of the subject; a refusal may be edited in after it.
+a truth ratio sees that. Here nothing is put in an answer's place. The residual stream at the last token of the
+subject, or of the prompt, becomes that for an invented name, ``z = mean h(stranger)``, and is written like any edit, in
+AlphaEdit's null space of what shall stay. Whatever the model says of strangers, it then says of the subject; a refusal
+may be edited in after it.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ import torch
 from potluck.aggregation.statistics import Statistics
 from potluck.compose.base import Base
 from potluck.edit.closed_form import alphaedit_update, null_space, sums
-from potluck.edit.contexts import contexts, hidden_at, keys_at
+from potluck.edit.contexts import Site, contexts, hidden_at, keys_at
 from potluck.edit.facts import Edit
 from potluck.edit.forgetting.questions import Question, with_subjects
 from potluck.edit.layout import layout_of
@@ -34,14 +35,16 @@ class Strangers:
 
     Attributes:
         layers: Whose maps are written.
+        at: Whose last token, the subject's or the prompt's: there the model gets what it has for a stranger.
         null_weight: λ of AlphaEdit.
         kept: Share of the text's energy that is not touched.
         count: Strangers whose states are averaged for each subject.
-        ways: Beginnings of questions in which each subject is met, the commonest.
+        ways: Beginnings of questions in which each subject is met, the commonest, if its last token is edited.
         seed: Of names and contexts.
     """
 
     layers: tuple[int, ...] = (1, 2)
+    at: Site = "subject"
     null_weight: float = 0.05
     kept: float = 0.99
     count: int = 1
@@ -66,20 +69,20 @@ def estranged(
     layout = layout_of(edited.model)
     layers = layout.check_layers(settings.layers)
     gone, others = with_subjects(forget), [q for q in retain if q.subject]
-    met = _met(gone, others, settings.ways)
+    met = _met(gone, others, settings.ways) if settings.at == "subject" else _asked(gone)
     z = torch.zeros(len(met), layout.d_out, dtype=torch.float64)
     names = stranger_names([q.subject for q in (*gone, *others)], settings.seed)
     draw = random.Random(settings.seed)
     by_subject = {subject: draw.sample(names, min(settings.count, len(names))) for subject in _subjects(gone)}
     for place in range(min(settings.count, len(names))):
         as_strangers = [_as(edit, by_subject[edit.subject][place]) for edit in met]
-        z += hidden_at(base, layout_of(base.model), layers[-1], as_strangers)
+        z += hidden_at(base, layout_of(base.model), layers[-1], as_strangers, settings.at)
     z /= min(settings.count, len(names))
     before = contexts(base, settings.seed)
     none = torch.zeros(layout.d_in, layout.d_in, dtype=torch.float64)
     for place, layer in enumerate(layers):
-        keys = keys_at(edited, layout, (layer,), met, before)[layer]
-        residuals = (z - hidden_at(edited, layout, layers[-1], met)) / (len(layers) - place)
+        keys = keys_at(edited, layout, (layer,), met, before, settings.at)[layer]
+        residuals = (z - hidden_at(edited, layout, layers[-1], met, settings.at)) / (len(layers) - place)
         free = null_space(moment_of(moments, moments.base_hash, layout, layer), settings.kept)
         add(layout, layer, alphaedit_update(*sums(keys, residuals), none, free, settings.null_weight))
     return edited
@@ -125,8 +128,13 @@ def _met(gone: Sequence[Question], others: Sequence[Question], ways: int) -> lis
     ]
 
 
+def _asked(gone: Sequence[Question]) -> list[Edit]:
+    return [Edit(q.id, q.question, q.subject, "-") for q in gone]
+
+
 def _as(edit: Edit, name: str) -> Edit:
-    return replace(edit, prompt=edit.prompt.removesuffix(edit.subject) + name, subject=name)
+    begin = edit.prompt.rfind(edit.subject)
+    return replace(edit, prompt=edit.prompt[:begin] + name + edit.prompt[begin + len(edit.subject) :], subject=name)
 
 
 def _subjects(questions: Sequence[Question]) -> list[str]:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from potluck.edit.contexts import Site
 from potluck.edit.layout import Layout
 from potluck.errors import EditError
 from potluck.models.flat import Entry
@@ -35,7 +36,7 @@ class Map:
 Maps = Mapping[int, Map]
 
 
-def maps_of(layout: Layout, manifest: Iterable[Entry], layers: Sequence[int]) -> dict[int, Map]:
+def maps_of(layout: Layout, manifest: Iterable[Entry], layers: Sequence[int], at: Site = "subject") -> dict[int, Map]:
     """The maps of these layers, by layer, ascending.
 
     Raises:
@@ -43,7 +44,7 @@ def maps_of(layout: Layout, manifest: Iterable[Entry], layers: Sequence[int]) ->
             reaches no later token, and so no answer.
     """
     entries = {entry.name: entry for entry in manifest}
-    if layout.count - 1 in layers:
+    if at == "subject" and layout.count - 1 in layers:
         hint = f"edit layers below {layout.count - 1}: what the last gives at a subject reaches no answer"
         raise EditError(f"layer {layout.count - 1} is the model's last", hint)
     found = {}

@@ -140,8 +140,10 @@ class Site:
         layout, last = layout_of(base.model), max(self.maps)
         if not edits:
             return edit_sums(_no_keys(layers, self.maps), {layer: z for layer in layers})
-        residual = (z - hidden_at(base, layout, last, edits)) / share
-        return edit_sums(keys_at(base, layout, layers, edits, before), {layer: residual for layer in layers})
+        residual = (z - hidden_at(base, layout, last, edits, self.editing.at)) / share
+        return edit_sums(
+            keys_at(base, layout, layers, edits, before, self.editing.at), {layer: residual for layer in layers}
+        )
 
     def _held(
         self, layers: Sequence[int], edits: list[Edit], before: tuple[str, ...], now: Tensor
@@ -152,7 +154,7 @@ class Site:
             return edit_sums(_no_keys(layers, self.maps), {}), 0
         said = answers(base, [edit.prompt for edit in edits])
         told = sum(text == edit.target.strip() for text, edit in zip(said, edits, strict=True))
-        return edit_sums(keys_at(base, layout_of(base.model), layers, edits, before), {}), told
+        return edit_sums(keys_at(base, layout_of(base.model), layers, edits, before, self.editing.at), {}), told
 
     def _targets(self, edits: list[Edit], before: tuple[str, ...], start: Tensor) -> Tensor:
         """``z`` of each edit, which depends on the unedited model alone."""
@@ -164,7 +166,7 @@ class Site:
             if not edits:
                 return start.new_zeros((0, layout.d_out)).cpu().double()
             settings = ValueSettings(**self.editing.values.model_dump())
-            self._found = (name, targets(base, layout, max(self.maps), edits, before, settings))
+            self._found = (name, targets(base, layout, max(self.maps), edits, before, settings, self.editing.at))
         return self._found[1]
 
     def _turn(self, about: Mapping[str, Scalar]) -> tuple[int, list[Edit]]:

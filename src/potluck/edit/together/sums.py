@@ -18,7 +18,8 @@ from potluck.aggregation.masks import fixed, floating, mask
 from potluck.aggregation.statistics import Statistics
 from potluck.compose.base import Base
 from potluck.contribution import Contribution
-from potluck.edit.layout import Layout, watching
+from potluck.edit.layout import Layout
+from potluck.edit.moments import squared_keys
 from potluck.edit.together.maps import Maps
 from potluck.errors import EditError
 from potluck.recipe.editing import Editing
@@ -111,16 +112,8 @@ def token_moments(
     count = len(tokens) // sequence_length
     if not count:
         raise EditError(f"the text is shorter than one sequence of {sequence_length} tokens")
-    sums = {layer: torch.zeros(layout.d_in, layout.d_in, dtype=torch.float64) for layer in layers}
-
-    def take(layer: int, keys: Tensor, output: Tensor) -> None:
-        flat = keys.flatten(0, 1).float()
-        sums[layer] += (flat.T @ flat).cpu().double()
-
     rows = torch.from_numpy(tokens[: count * sequence_length].astype(np.int64)).view(count, sequence_length)
-    with watching({layer: layout.map(layer) for layer in layers}, take), torch.inference_mode():
-        for batch in rows.split(_SEQUENCES):
-            base.model.base_model(input_ids=batch.to(base.model.device), use_cache=False)
+    sums, _ = squared_keys(base, layout, layers, rows.split(_SEQUENCES))
     return {f"{layer}.{MOMENT}": upper(total) for layer, total in sums.items()}
 
 

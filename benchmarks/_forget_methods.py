@@ -1,0 +1,156 @@
+"""The methods of `benchmarks.forget`, each with six settings; `benchmarks._forget_grid` says which one is taken."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from itertools import product
+
+from potluck.aggregation.statistics import Statistics
+from potluck.compose.base import Base
+from potluck.edit.facts import Edit
+from potluck.edit.forgetting import losses
+from potluck.edit.forgetting.commands import AtWork
+from potluck.edit.forgetting.quality import model_utility, utility_of
+from potluck.edit.forgetting.questions import Question
+from potluck.edit.forgetting.refusals import Editor, Refusing, refuse
+from potluck.edit.forgetting.strangers import Strangers, estranged
+from potluck.edit.forgetting.unlearning import Unlearning, unlearn
+from potluck.edit.layout import layout_of
+from potluck.edit.tuning import Tuning, fine_tune
+from potluck.edit.weights import WeightSettings, weight_editor
+from potluck.edit.wise import WiseSettings, edit_with_wise, wise_memory
+from potluck.models.memory import install
+
+REFUSING = "stranger, then refusal"  # what is judged
+RATES, EPOCHS = (1e-4, 3e-4, 1e-3), (5, 10)
+LAYERS = ((4,), (3, 4))  # as `potluck edit locate` says
+
+
+@dataclass(frozen=True)
+class Case:
+    """One request to forget.
+
+    Attributes:
+        base: Knows everybody.
+        never: Never knew who is to be forgotten.
+        forget: Their sentences, in all phrasings; ``gone`` is one question for each of their facts.
+        retain: The other people's sentences; ``kept`` and ``world`` are asked.
+        moments: Of what shall stay.
+    """
+
+    base: Base
+    never: Base
+    forget: list[Question]
+    gone: list[Question]
+    retain: list[Question]
+    kept: list[Question]
+    world: list[Question]
+    moments: Statistics
+
+    def utility(self, base: Base) -> float:
+        return model_utility([utility_of(base, self.kept), utility_of(base, self.world)])
+
+
+Forget = Callable[[Case, int], Base]
+Settings = Mapping[str, Forget]  # by what they are
+
+
+def methods() -> dict[str, Settings]:
+    """All methods with their settings."""
+    by_loss: dict[str, losses.Method] = {
+        "GA": losses.GA,
+        "GradDiff": losses.GRAD_DIFF,
+        "KL": losses.KL,
+        "NPO": losses.Npo(),
+        "SimNPO": losses.SimNpo(),
+        "IdkDPO": losses.IdkDpo(),
+        "RMU": losses.Rmu(layer=2),
+        "as a stranger": losses.AsStranger(),
+    }
+    found: dict[str, Settings] = {
+        name: {
+            f"rate {rate:g}, {epochs} epochs": _by_loss(loss, rate, epochs) for rate, epochs in product(RATES, EPOCHS)
+        }
+        for name, loss in by_loss.items()
+    }
+    l2 = {f"layers {layers}, L2 {weight:g}": (layers, weight) for layers, weight in product(LAYERS, (3.0, 10.0, 30.0))}
+    found["stranger"] = {name: _stranger(*how) for name, how in l2.items()}
+    found[REFUSING] = {name: _stranger_refusing(*how) for name, how in l2.items()}
+    found["refusal, alphaedit"] = {
+        name: _refusing(_in_weights(WeightSettings("alphaedit", layers, "prompt", null_weight=weight)))
+        for name, (layers, weight) in l2.items()
+    }
+    found["refusal, memit"] = {
+        f"layers {layers}, lambda {weight:g}": _refusing(
+            _in_weights(WeightSettings("memit", layers, "prompt", moment_weight=weight))
+        )
+        for layers, weight in product(LAYERS, (1000.0, 3000.0, 8000.0))
+    }
+    found["refusal, wise"] = {
+        f"layer {layer}, margin {margin:g}": _refusing(_beside(layer, WiseSettings(margin=margin)))
+        for layer, margin in product((3, 4), (2.0, 5.0, 10.0))
+    }
+    found["refusal, ft"] = {
+        f"layer {layer}, rate {rate:g}": _refusing(_tuned(Tuning((layer,), learning_rate=rate)))
+        for layer, rate in product((3, 4), RATES)
+    }
+    return found
+
+
+def _by_loss(method: losses.Method, rate: float, epochs: int) -> Forget:
+    def forget(case: Case, seed: int) -> Base:
+        settings = Unlearning(epochs, learning_rate=rate, seed=seed)
+        return replace(case.base, model=unlearn(case.base, case.forget, case.retain, method, settings, ("unknown",)))
+
+    return forget
+
+
+def _refusing(editor: Callable[[Case, int], Editor]) -> Forget:
+    def forget(case: Case, seed: int) -> Base:
+        return refuse(case.base, case.forget, editor(case, seed), Refusing(seed=seed))[0]
+
+    return forget
+
+
+def _in_weights(settings: WeightSettings) -> Callable[[Case, int], Editor]:
+    def editor(case: Case, seed: int) -> Editor:
+        def edit(base: Base, edits: Sequence[Edit]) -> object:
+            own = replace(case.moments, base_hash=base.content_hash)
+            return weight_editor(base, own, replace(settings, seed=seed)).write(edits)
+
+        return edit
+
+    return editor
+
+
+def _beside(layer: int, settings: WiseSettings) -> Callable[[Case, int], Editor]:
+    def editor(case: Case, seed: int) -> Editor:
+        def edit(base: Base, edits: Sequence[Edit]) -> object:
+            memory = edit_with_wise(base, wise_memory(base, layer, replace(settings, seed=seed)), edits)
+            module = memory.module().to(base.model.device)
+            return AtWork(memory, install(base.model, layout_of(base.model).path(layer), module))
+
+        return edit
+
+    return editor
+
+
+def _tuned(settings: Tuning) -> Callable[[Case, int], Editor]:
+    return lambda case, seed: lambda base, edits: fine_tune(base, edits, replace(settings, seed=seed))
+
+
+def _stranger(layers: tuple[int, ...], weight: float) -> Forget:
+    def forget(case: Case, seed: int) -> Base:
+        settings = Strangers(layers, "prompt", null_weight=weight, seed=seed)
+        return estranged(case.base, case.forget, case.retain, case.moments, settings)
+
+    return forget
+
+
+def _stranger_refusing(layers: tuple[int, ...], weight: float) -> Forget:
+    def forget(case: Case, seed: int) -> Base:
+        editor = _in_weights(WeightSettings("alphaedit", layers, "prompt", null_weight=weight))
+        return refuse(_stranger(layers, weight)(case, seed), case.forget, editor(case, seed), Refusing(seed=seed))[0]
+
+    return forget
