@@ -1,6 +1,6 @@
 """Which settings of each method `benchmarks.forget` takes: ``python -m benchmarks._forget_grid``.
 
-All six settings of each method are tried on people who are in no figure of the benchmark. Taken is, of those that keep
+All nine settings of each method are tried on people who are in no figure of the benchmark. Taken is, of those that keep
 95% of the utility, the one with the highest forget quality; if none keeps it, the one with the highest utility.
 """
 

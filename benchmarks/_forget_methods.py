@@ -1,4 +1,4 @@
-"""The methods of `benchmarks.forget`, each with six settings; `benchmarks._forget_grid` says which one is taken."""
+"""The methods of `benchmarks.forget`, each with nine settings; `benchmarks._forget_grid` says which one is taken."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ from potluck.edit.wise import WiseSettings, edit_with_wise, wise_memory
 from potluck.models.memory import install
 
 REFUSING = "stranger, then refusal"  # what is judged
-RATES, EPOCHS = (1e-4, 3e-4, 1e-3), (5, 10)
-LAYERS = ((4,), (3, 4))  # as `potluck edit locate` says
+RATES, EPOCHS = (1e-4, 3e-4, 1e-3), (5, 10, 20)
+LAYERS = ((4,), (3, 4), (3,))  # as `potluck edit locate` says
 
 
 @dataclass(frozen=True)
@@ -74,9 +74,14 @@ def methods() -> dict[str, Settings]:
         }
         for name, loss in by_loss.items()
     }
-    l2 = {f"layers {layers}, L2 {weight:g}": (layers, weight) for layers, weight in product(LAYERS, (3.0, 10.0, 30.0))}
+    l2 = {
+        f"layers {layers}, L2 {weight:g}": (layers, weight) for layers, weight in product(LAYERS, (10.0, 30.0, 100.0))
+    }
     found["stranger"] = {name: _stranger(*how) for name, how in l2.items()}
-    found[REFUSING] = {name: _stranger_refusing(*how) for name, how in l2.items()}
+    found[REFUSING] = {
+        f"layer 4, L2 {first:g}, then {second:g}": _stranger_refusing(first, second)
+        for first, second in product((10.0, 30.0, 60.0), (30.0, 100.0, 300.0))
+    }
     found["refusal, alphaedit"] = {
         name: _refusing(_in_weights(WeightSettings("alphaedit", layers, "prompt", null_weight=weight)))
         for name, (layers, weight) in l2.items()
@@ -89,11 +94,11 @@ def methods() -> dict[str, Settings]:
     }
     found["refusal, wise"] = {
         f"layer {layer}, margin {margin:g}": _refusing(_beside(layer, WiseSettings(margin=margin)))
-        for layer, margin in product((3, 4), (2.0, 5.0, 10.0))
+        for layer, margin in product((2, 3, 4), (2.0, 5.0, 10.0))
     }
     found["refusal, ft"] = {
         f"layer {layer}, rate {rate:g}": _refusing(_tuned(Tuning((layer,), learning_rate=rate)))
-        for layer, rate in product((3, 4), RATES)
+        for layer, rate in product((2, 3, 4), RATES)
     }
     return found
 
@@ -148,9 +153,9 @@ def _stranger(layers: tuple[int, ...], weight: float) -> Forget:
     return forget
 
 
-def _stranger_refusing(layers: tuple[int, ...], weight: float) -> Forget:
+def _stranger_refusing(first: float, second: float) -> Forget:
     def forget(case: Case, seed: int) -> Base:
-        editor = _in_weights(WeightSettings("alphaedit", layers, "prompt", null_weight=weight))
-        return refuse(_stranger(layers, weight)(case, seed), case.forget, editor(case, seed), Refusing(seed=seed))[0]
+        editor = _in_weights(WeightSettings("alphaedit", (4,), "prompt", null_weight=second))
+        return refuse(_stranger((4,), first)(case, seed), case.forget, editor(case, seed), Refusing(seed=seed))[0]
 
     return forget

@@ -9,16 +9,24 @@ participant solves for itself, and the updates are averaged, added up, or merged
 harmonic mean of reliability, rephrase and locality.
 
 **Speed.** Target values of 100 edits side by side, against one by one; key moments of a text of 10 MB, and how much
-memory they add to those of 1 MB.
+memory they add to those of 1 MB; edits a second of WISE, all into one shard, and how much longer EasyEdit takes for the
+same edits of the same model, if ``EASYEDIT`` names a clone of it (`benchmarks.peers.easyedit_wise`), its margins
+tried at three scales, of which the best score counts.
 """
 
 from __future__ import annotations
 
+import json
+import os
 import resource
+import subprocess
+import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import harmonic_mean
+from tempfile import TemporaryDirectory
+from time import perf_counter
 
 import torch
 from torch import Tensor
@@ -29,13 +37,16 @@ from potluck.compose.merging.rules import Ties, merged
 from potluck.corpus.world import documents_of
 from potluck.edit.closed_form import alphaedit_update, memit_update, null_space, sums
 from potluck.edit.contexts import contexts, hidden_at, keys_at
-from potluck.edit.facts import Edit
+from potluck.edit.evaluation import answers_before, score_edits
+from potluck.edit.facts import Edit, write_edits
 from potluck.edit.layout import Layout, layout_of
+from potluck.edit.memories import attached
 from potluck.edit.moments import key_moments, moment_of
 from potluck.edit.of_world import changed_world
 from potluck.edit.prompts import answers
 from potluck.edit.values import ValueSettings, targets
 from potluck.edit.weights import WeightSettings, add, put
+from potluck.edit.wise import WiseSettings, edit_with_wise, wise_memory
 
 WORLD = Path(__file__).parents[1] / "tests" / "assets" / "world"
 PEOPLE = 200
@@ -53,6 +64,8 @@ class Size:
         values: Edits whose target values are timed.
         alone: Of them, how many one by one.
         text: Characters of the text whose moments are taken.
+        wise: Edits of WISE that are timed.
+        margins: Scales of EasyEdit's margins.
     """
 
     seeds: tuple[int, ...]
@@ -61,10 +74,12 @@ class Size:
     values: int
     alone: int
     text: int
+    wise: int = 20
+    margins: tuple[float, ...] = (0.01, 0.1, 1.0)
 
 
 SIZES = {
-    "short": Size(seeds=(0,), participants=2, each=5, values=10, alone=3, text=100_000),
+    "short": Size(seeds=(0,), participants=2, each=5, values=10, alone=3, text=100_000, wise=5, margins=(0.1,)),
     "full": Size(seeds=(0, 1, 2), participants=8, each=50, values=100, alone=20, text=10_000_000),
 }
 
@@ -87,7 +102,7 @@ def measure(size: Size) -> list[Measurement]:
         limit = {"together from float64": targets_met[method], "together from float32": 1e-5}.get(what)
         unit = "relative error" if limit else "percent"
         rows.append(measured(name, runs, unit, at_most=limit, at_least=20.0 if what.startswith("lost") else None))
-    return [*rows, *_speed(base, layout, settings, size)]
+    return [*rows, *_speed(base, layout, settings, size), *_wise(base, size)]
 
 
 def _judge_together(
@@ -223,6 +238,42 @@ def _speed(base: Base, layout: Layout, settings: WeightSettings, size: Size) -> 
         measured(f"key moments of {size.text / 1e6:g} MB", [taken], "s"),
         measured(f"memory they add to those of {size.text / 1e7:g} MB", [memory[1] - memory[0]], "MB", at_most=20.0),
     ]
+
+
+def _wise(base: Base, size: Size) -> Iterator[Measurement]:
+    edits = changed_world(size.wise, 9)
+    before = answers_before(base, edits)
+    ours, ratios, scores = [], [], []
+    for run in range(3):
+        empty = wise_memory(base, 4, WiseSettings(margin=5.0, quiet=150, seed=run))
+        began = perf_counter()
+        memory = edit_with_wise(base, empty, edits)
+        ours.append(perf_counter() - began)
+        with attached(base, memory):
+            scores.append(100 * score_edits(base, edits, before).score)
+    yield measured(f"WISE, edits a second, of {size.wise}", [size.wise / seconds for seconds in ours], "1/s")
+    yield measured("WISE: harmonic mean", scores, "percent")
+    clone, best = os.environ.get("EASYEDIT"), ""
+    if clone:
+        with TemporaryDirectory() as folder:
+            write_edits(Path(folder) / "edits.json", edits)
+            runs = [_easyedit(clone, Path(folder) / "edits.json", margin) for margin in size.margins]
+        theirs = max(runs, key=lambda run: run["score"])
+        best = (
+            f"EasyEdit: {theirs['seconds']:.1f} s, score {theirs['score']:.0f}, reliability {theirs['reliability']:.0f}"
+        )
+        ratios = [theirs["seconds"] / seconds for seconds in ours]
+    yield measured(
+        "WISE: how many times as long EasyEdit takes", ratios, "x", at_least=3.0, peer=best or "EASYEDIT names no clone"
+    )
+
+
+def _easyedit(clone: str, edits: Path, margin: float) -> dict[str, float]:
+    module = "benchmarks.peers.easyedit_wise"
+    command = [sys.executable, "-m", module, clone, str(WORLD), str(edits), "4", str(margin)]
+    done = subprocess.run(command, check=True, capture_output=True, text=True, cwd=Path(__file__).parents[1])
+    found: dict[str, float] = json.loads(done.stdout.splitlines()[-1])
+    return found
 
 
 def _stream(characters: int) -> Iterator[str]:

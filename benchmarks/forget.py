@@ -11,7 +11,7 @@ real authors. **XS**, extraction strength; answers are one token here, so it is 
 **said**: share of answers said freely, to prompts that were never trained. **relearning**: steps of fine-tuning on a
 tenth of what was forgotten until the rest has half its probability back; 51 is never.
 
-Settings of each method were chosen on people who are in no figure here, six for each (`benchmarks._forget_grid`).
+Settings of each method were chosen on people who are in no figure here, nine for each (`benchmarks._forget_grid`).
 """
 
 from __future__ import annotations
