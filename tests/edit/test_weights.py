@@ -18,7 +18,8 @@ from potluck.edit.contexts import prompt_row
 from potluck.edit.facts import Edit
 from potluck.edit.layout import from_layer, layout_of
 from potluck.edit.moments import kept_moments, key_moments
-from potluck.edit.prompts import rows_of
+from potluck.edit.prompts import answer_nll, logits_of, rows_of
+from potluck.edit.tails import tails_of
 from potluck.edit.values import ValueSettings, targets
 from potluck.edit.weights import Method, WeightEditor, WeightSettings, weight_editor
 from potluck.errors import EditError, ModelError
@@ -144,6 +145,19 @@ def test_a_model_resumed_from_a_layer_is_the_model(base: Base) -> None:
     for layer in range(layout.count):
         below, resumed = from_layer(layout, layer, lambda: base.model.base_model(**given))
         assert torch.equal(resumed(below), base.model.base_model(**given)[0])
+
+
+def test_tails_are_the_ends_of_whole_texts(base: Base) -> None:
+    layout = layout_of(base.model)
+    texts = [prompt_row(base, edit, context, edit.target) for edit in edits() for context in ("", "A longer text.")]
+    rows = rows_of(texts, 0)
+    whole = base.model.base_model(input_ids=rows.ids, attention_mask=rows.mask, use_cache=False)[0]
+    for start in (rows.subject, rows.last):
+        tails = tails_of(base, layout, 0, rows, start)
+        for _ in range(2):  # a run leaves nothing behind for the next
+            assert torch.allclose(tails.ended(tails.stream), tails.of(whole), atol=1e-5)
+        nll = answer_nll(logits_of(base.model, rows), rows.labels)
+        assert torch.allclose(tails.nll(base, tails.ended(tails.stream)), nll, atol=1e-5)
 
 
 def test_moments_do_not_depend_on_how_text_is_cut(base: Base, tmp_path: Path) -> None:

@@ -28,12 +28,14 @@ def contexts(base: Base, seed: int = 0, count: int = 5, length: int = 10) -> tup
     """Beginnings of texts, drawn from the model: the same for the same weights and seed on one kind of machine."""
     draw = torch.Generator().manual_seed(seed)
     ids = torch.full((count, 1), base.vocabulary.end_of_text, device=base.model.device)
+    step, cache = ids, None
     with torch.inference_mode():
         for _ in range(length):
-            logits = base.model(input_ids=ids, use_cache=False).logits[:, -1].float()
+            out = base.model(input_ids=step, past_key_values=cache, use_cache=True)
+            cache, logits = out.past_key_values, out.logits[:, -1].float()
             logits[:, base.vocabulary.end_of_text] = -torch.inf
-            drawn = torch.multinomial(logits.softmax(-1).cpu(), 1, generator=draw)
-            ids = torch.cat([ids, drawn.to(ids.device)], dim=1)
+            step = torch.multinomial(logits.softmax(-1).cpu(), 1, generator=draw).to(ids.device)
+            ids = torch.cat([ids, step], dim=1)
     return tuple(base.vocabulary.tokenizer.decode(tokens[1:]).strip() for tokens in ids.tolist())
 
 

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from potluck.compose.base import Base
 from potluck.edit.facts import Edit, checked_edits
@@ -112,13 +113,13 @@ def _entries(base: Base, memory: GraceMemory, edits: Sequence[Edit]) -> tuple[Te
     settings, layout = memory.settings, layout_of(base.model)
     rows = asked(base, layout, memory.layer, edits, ())
     at = (torch.arange(len(edits), device=rows.keys.device), rows.rows.last)
-    start = rows.plain[at]
+    start, tokens = rows.plain[at], rows.tails.stream.shape[1]
     unit = start.norm(dim=1, keepdim=True) / start.shape[1] ** 0.5
     delta = torch.zeros_like(start, requires_grad=True)
     adam = torch.optim.Adam([delta], lr=settings.learning_rate)
     done = torch.zeros(len(edits), dtype=torch.bool, device=start.device)
     for _ in range(settings.steps):
-        nll = rows.nll(torch.zeros_like(rows.stream).index_put(at, delta * unit))
+        nll = rows.nll(pad((delta * unit)[:, None], (0, 0, 0, tokens - 1)))
         done |= nll.detach() < settings.enough
         if bool(done.all()):
             break

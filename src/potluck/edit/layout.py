@@ -139,7 +139,7 @@ def from_layer(layout: Layout, layer: int, run: Callable[[], object]) -> tuple[T
     So that a search at one layer computes the layers below it once.
 
     Args:
-        run: Runs the model on one batch, without a cache.
+        run: Runs the model on one batch; a cache that it goes on from is to be put back before each further run.
     """
     given: dict[int, tuple[tuple[Any, ...], dict[str, Any]]] = {}
     reached: list[Tensor] = []

@@ -16,8 +16,9 @@ from transformers import AutoTokenizer
 from potluck.compose.base import Base
 from potluck.edit.contexts import prompt_row
 from potluck.edit.facts import Edit
-from potluck.edit.layout import Layout, from_layer, host, layout_of, watching
+from potluck.edit.layout import Layout, host, layout_of, watching
 from potluck.edit.prompts import Rows, rows_of
+from potluck.edit.tails import Tails, tails_of
 from potluck.files import appearing, storing, write_text
 from potluck.models.memory import EditedConfig, EditedForCausalLM, Memory, install
 
@@ -88,34 +89,28 @@ def save_with_memory(base: Base, memory: SideMemory, folder: Path) -> None:
 
 @dataclass(frozen=True)
 class Asked:
-    """Edits as rows of tokens at one map, whose layers below are computed once.
+    """Edits as rows of tokens at one map.
 
     Attributes:
         rows: Each edit's prompt after each context, with its target.
-        owner: Which edit a row is of, ``(B,)``.
         keys: The map's inputs, ``(B, T, d_in)``.
         plain: The map's outputs, ``(B, T, d_out)``.
-        stream: What the layer gives, ``(B, T, d_out)``.
-        nll: From what the layer gives to the loss of each row, ``(B,)``.
+        tails: The rows from the last token of each prompt on, above the map's layer.
     """
 
     rows: Rows
-    owner: Tensor
     keys: Tensor
     plain: Tensor
-    stream: Tensor
+    tails: Tails
     base: Base
-    resumed: Any
 
     def nll(self, added: Tensor) -> Tensor:
-        """Mean cross-entropy of each row's target, with something added to what the map gives, ``(B,)``."""
-        hidden = self.resumed(self.stream + added)
-        places = self.rows.labels != -100
-        logits = self.base.model.get_output_embeddings()(hidden[places]).float()
-        nats = torch.nn.functional.cross_entropy(logits, self.rows.labels[places], reduction="none")
-        row = torch.arange(len(places), device=places.device)[:, None].expand_as(places)[places]
-        total: Tensor = torch.zeros(len(places), device=nats.device).index_add(0, row, nats)
-        return total / places.sum(1).clamp(min=1)
+        """Mean cross-entropy of each row's target, ``(B,)``, with something added to what the map gives.
+
+        Args:
+            added: From the last token of each prompt on, ``(B, S, d_out)``.
+        """
+        return self.tails.nll(self.base, self.tails.ended(self.tails.stream + added))
 
 
 def asked(base: Base, layout: Layout, layer: int, edits: Sequence[Edit], before: Sequence[str]) -> Asked:
@@ -127,23 +122,18 @@ def asked(base: Base, layout: Layout, layer: int, edits: Sequence[Edit], before:
     rows = [prompt_row(base, edit, context, edit.target) for edit in edits for context in ("", *before)]
     batch = rows_of(rows, base.vocabulary.end_of_text).to(base.model.device)
     found: list[Tensor] = []
-
-    def run() -> object:
-        with watching({layer: layout.map(layer)}, lambda _, keys, plain: found.extend((keys.detach(), plain.detach()))):
-            return base.model.base_model(input_ids=batch.ids, attention_mask=batch.mask, use_cache=False)
-
     base.model.requires_grad_(False)
-    stream, resumed = from_layer(layout, layer, run)
-    owner = torch.arange(len(edits), device=batch.ids.device).repeat_interleave(1 + len(before))
-    return Asked(batch, owner, found[0], found[1], stream, base, resumed)
+    with watching({layer: layout.map(layer)}, lambda _, keys, plain: found.extend((keys, plain))):
+        base.model.base_model(input_ids=batch.ids, attention_mask=batch.mask, use_cache=False)
+    return Asked(batch, found[0], found[1], tails_of(base, layout, layer, batch, batch.last), base)
 
 
-def keys_of_texts(base: Base, layout: Layout, layer: int, texts: Sequence[str]) -> Tensor:
-    """The map's inputs at every token of texts, ``(N, d_in)``, float32."""
+def keys_of_texts(base: Base, layout: Layout, layer: int, texts: Sequence[str]) -> list[Tensor]:
+    """The map's inputs at every token of each text, ``(N, d_in)``, float32."""
     found: list[Tensor] = []
     with watching({layer: layout.map(layer)}, lambda _, keys, plain: found.append(host(keys[0]).float())):
         for text in texts:
             ids = [base.vocabulary.end_of_text, *base.vocabulary.tokenizer.encode(text, add_special_tokens=False).ids]
             with torch.inference_mode():
                 base.model.base_model(input_ids=torch.tensor([ids], device=base.model.device), use_cache=False)
-    return torch.cat(found)
+    return found

@@ -7,7 +7,7 @@ so that the result is that of one by one.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -16,8 +16,9 @@ from torch.nn.functional import kl_div
 from potluck.compose.base import Base
 from potluck.edit.contexts import Site, hidden_at, prompt_row
 from potluck.edit.facts import Edit
-from potluck.edit.layout import Layout, from_layer
+from potluck.edit.layout import Layout
 from potluck.edit.prompts import Row, Rows, row, rows_of
+from potluck.edit.tails import Tails, tails_of
 from potluck.errors import EditError
 
 
@@ -30,7 +31,7 @@ class ValueSettings:
         learning_rate: Of Adam, for δ in units of ``‖h‖ / √d``, so that it fits every size of model.
         clamp: ``‖δ‖ ≤ clamp ‖h‖``.
         decay: Weight of ``‖δ‖² / ‖h‖²``.
-        essence: Weight of ``KL(now ‖ before)`` after "SUBJECT is a".
+        essence: Weight of ``KL(now ‖ before)`` after "SUBJECT is a", where the subject's last token is edited.
         enough: An edit whose loss is below it stays as it is.
         batch: Edits side by side.
     """
@@ -79,31 +80,28 @@ def _targets(
     settings: ValueSettings,
     at: Site,
 ) -> Tensor:
-    model = base.model
     asked, essences = _rows(base, edits, before, at)
-    batch = rows_of([*asked, *essences], base.vocabulary.end_of_text).to(model.device)
-    owner = torch.arange(len(edits), device=model.device)
-    owner = torch.cat([owner.repeat_interleave(1 + len(before)), owner])
-    start = hidden_at(base, layout, layer, edits, at).to(model.device, torch.float32)
+    batch = rows_of([*asked, *essences], base.vocabulary.end_of_text).to(base.model.device)
+    base.model.requires_grad_(False)
+    tails = tails_of(base, layout, layer, batch, batch.subject)
+    each = torch.arange(len(edits), device=batch.ids.device)
+    owner = torch.cat([each.repeat_interleave(1 + len(before)), each][: 1 + bool(essences)])
+    start = hidden_at(base, layout, layer, edits, at).to(batch.ids.device, torch.float32)
     size = start.norm(dim=1, keepdim=True)
     unit = size / start.shape[1] ** 0.5
     delta = torch.zeros_like(start, requires_grad=True)  # in units
     adam = torch.optim.Adam([delta], lr=settings.learning_rate)
-    places, usual = (torch.arange(len(batch.ids), device=model.device), batch.subject), None
-    done = torch.zeros(len(edits), dtype=torch.bool, device=model.device)
-    model.requires_grad_(False)
-
-    def run() -> object:
-        return model.base_model(input_ids=batch.ids, attention_mask=batch.mask, use_cache=False)
-
-    below, resumed = from_layer(layout, layer, run)
+    usual: Tensor | None = None
+    done = torch.zeros(len(edits), dtype=torch.bool, device=batch.ids.device)
     for _ in range(settings.steps):
-        hidden = below.index_put(places, (delta * unit)[owner].to(below.dtype), accumulate=True)
-        nll, after = _measured(base, batch, resumed(hidden), len(asked))
+        hidden = torch.cat([tails.stream[:, :1] + (delta * unit)[owner][:, None], tails.stream[:, 1:]], 1)
+        nll, after = _measured(base, tails, batch, hidden, len(asked))
         usual = after.detach() if usual is None else usual  # δ is 0 at first
         kl = kl_div(usual, after, reduction="none", log_target=True).sum(1)
         nll = nll.view(len(edits), -1).mean(1)
-        loss = nll + settings.essence * kl + settings.decay * ((delta * unit) / size).square().sum(1)
+        loss = nll + settings.decay * ((delta * unit) / size).square().sum(1)
+        if essences:
+            loss = loss + settings.essence * kl
         if not torch.isfinite(loss).all():
             raise EditError("the answers' loss became NaN or infinite while edits were sought", "lower the rate")
         done |= loss.detach() < settings.enough
@@ -121,24 +119,15 @@ def _targets(
 
 def _rows(base: Base, edits: Sequence[Edit], before: Sequence[str], at: Site) -> tuple[list[Row], list[Row]]:
     asked = [prompt_row(base, edit, context, edit.target, at) for edit in edits for context in ("", *before)]
-    essences = [row(base.vocabulary, f"{edit.subject} is a", subject=edit.subject) for edit in edits]
-    if at == "prompt":  # an edited prompt's end says nothing of the subject elsewhere
-        essences = [replace(essence, subject=0) for essence in essences]
-    return asked, essences
+    if at == "prompt":  # what is said at an edited prompt's end is said nowhere else
+        return asked, []
+    return asked, [row(base.vocabulary, f"{edit.subject} is a", subject=edit.subject) for edit in edits]
 
 
-def _measured(base: Base, batch: Rows, hidden: Tensor, asked: int) -> tuple[Tensor, Tensor]:
-    """Cross-entropy of each asked row's answer, and log-probabilities at the end of the other rows.
-
-    Only where something is foretold is the whole vocabulary looked at.
-    """
+def _measured(base: Base, tails: Tails, batch: Rows, stream: Tensor, asked: int) -> tuple[Tensor, Tensor]:
+    """Cross-entropy of each asked row's answer, and log-probabilities at the end of the other rows."""
+    hidden = tails.ended(stream)
+    others = torch.arange(asked, len(hidden), device=hidden.device)
     head = base.model.get_output_embeddings()
-    places = batch.labels[:asked] != -100
-    rows = torch.arange(asked, device=places.device)[:, None].expand_as(places)[places]
-    logits = head(hidden[:asked][places]).float()
-    nats = torch.nn.functional.cross_entropy(logits, batch.labels[:asked][places], reduction="none")
-    count = places.sum(1).clamp(min=1)
-    nll: Tensor = torch.zeros(asked, device=nats.device).index_add(0, rows, nats) / count
-    last = batch.last[asked:]
-    after: Tensor = head(hidden[torch.arange(asked, len(hidden), device=last.device), last]).float()
-    return nll, after.log_softmax(-1)
+    after: Tensor = head(hidden[others, (batch.last - batch.subject)[asked:]]).float()
+    return tails.nll(base, hidden)[:asked], after.log_softmax(-1)

@@ -11,7 +11,7 @@ participant has them, so none has to be forgotten for another; one that is taken
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Literal
 
 import torch
@@ -26,6 +26,8 @@ from potluck.edit.layout import layout_of
 from potluck.edit.memories import Asked, asked, keys_of_texts
 from potluck.errors import EditError
 from potluck.models.memory import Shards
+
+_STRIDE = 4  # every fourth token of the quiet texts is looked at in a step
 
 
 @dataclass(frozen=True)
@@ -80,11 +82,13 @@ class WiseMemory:
 
     Attributes:
         layer: Of the map.
+        quiet: Texts that the model wrote, to stand for all that is not asked for, and the map's inputs, once drawn.
     """
 
     layer: int
     settings: WiseSettings
     shards: tuple[Shard, ...] = ()
+    quiet: tuple[tuple[str, Tensor], ...] = field(default=(), repr=False, compare=False)
 
     @property
     def edits(self) -> tuple[Edit, ...]:
@@ -127,6 +131,7 @@ def edit_with_wise(base: Base, memory: WiseMemory, edits: Sequence[Edit]) -> Wis
     edits = checked_edits(edits, "these edits")
     for twice in {edit.id for edit in memory.edits} & {edit.id for edit in edits}:
         raise EditError(f"there is an edit {twice} already", "give it another id, or take the earlier one back")
+    memory = memory if memory.quiet else replace(memory, quiet=_quiet(base, memory))
     shards, waiting = list(memory.shards), list(edits)
     if shards and len(shards[-1].edits) < memory.settings.shard:
         waiting = [*shards.pop().edits, *waiting]
@@ -145,6 +150,7 @@ def without(base: Base, memory: WiseMemory, ids: Sequence[str]) -> WiseMemory:
     missing = sorted(set(ids) - {edit.id for edit in memory.edits})
     if missing:
         raise EditError(f"there is no edit {', '.join(missing)}")
+    memory = memory if memory.quiet else replace(memory, quiet=_quiet(base, memory))
     shards = []
     for place, shard in enumerate(memory.shards):
         left = tuple(edit for edit in shard.edits if edit.id not in ids)
@@ -163,25 +169,24 @@ def ties(deltas: Sequence[Tensor], density: float = 0.53) -> Tensor:
 
 def _trained(base: Base, memory: WiseMemory, place: int, edits: tuple[Edit, ...]) -> Shard:
     settings, layout = memory.settings, layout_of(base.model)
-    before = contexts(base, settings.seed, settings.contexts)
-    rows = asked(base, layout, memory.layer, edits, before)
-    written = contexts(base, settings.seed + 1, settings.quiet, 40)
-    others = [text for text in written if not any(edit.subject in text for edit in edits)]
-    quiet = keys_of_texts(base, layout, memory.layer, others or written).to(rows.keys.device)
+    rows = asked(base, layout, memory.layer, edits, contexts(base, settings.seed, settings.contexts))
+    others = [keys for text, keys in memory.quiet if not any(edit.subject in text for edit in edits)]
+    quiet = torch.cat(others or [keys for _, keys in memory.quiet]).to(rows.keys.device)
     typical = float((quiet @ layout.weight(memory.layer).T).norm(dim=1).mean())
     draw = torch.Generator().manual_seed(settings.seed * 1_000_003 + place)
     mask = (torch.rand(layout.d_out, layout.d_in, generator=draw) < settings.density).to(rows.keys.device)
     free = torch.zeros(layout.d_out, layout.d_in, device=rows.keys.device, requires_grad=True)
     adam = torch.optim.Adam([free], lr=settings.learning_rate)
     inside, outside = _sides(rows)
-    for _ in range(settings.steps):
+    for step in range(settings.steps):
         delta = free * mask
         added = linear(rows.keys, delta)
-        loss = rows.nll(added * inside_and_after(rows)[..., None]).mean()
+        loss = rows.nll(rows.tails.of(added)).mean()
         size = added.norm(dim=-1) / typical
-        elsewhere = torch.cat([size[outside], linear(quiet, delta).norm(dim=-1) / typical])
-        missed, touched = relu(settings.inside - size[inside]), relu(elsewhere - settings.outside)
-        total = loss + settings.margin * (missed.mean() + touched.square().sum() / len(edits))
+        missed, touched = relu(settings.inside - size[inside]), relu(size[outside] - settings.outside)
+        some = linear(quiet[step % _STRIDE :: _STRIDE], delta).norm(dim=-1) / typical  # for all of them
+        stirred = _STRIDE * relu(some - settings.outside).square().sum() + touched.square().sum()
+        total = loss + settings.margin * (missed.mean() + stirred / len(edits))
         if not torch.isfinite(total):
             raise EditError("the loss of side weights became NaN or infinite", "lower the learning rate")
         if float(total.detach()) < settings.enough:
@@ -196,10 +201,10 @@ def _trained(base: Base, memory: WiseMemory, place: int, edits: tuple[Edit, ...]
     return Shard(delta.cpu(), threshold, edits)
 
 
-def inside_and_after(rows: Asked) -> Tensor:
-    """Where side weights are at work: from the last token of the prompt on, ``(B, T)``."""
-    at = torch.arange(rows.rows.ids.shape[1], device=rows.rows.ids.device)
-    return (at >= rows.rows.last[:, None]).float()
+def _quiet(base: Base, memory: WiseMemory) -> tuple[tuple[str, Tensor], ...]:
+    texts = contexts(base, memory.settings.seed + 1, memory.settings.quiet, 40)
+    keys = keys_of_texts(base, layout_of(base.model), memory.layer, texts)
+    return tuple(zip(texts, keys, strict=True))
 
 
 def _sides(rows: Asked) -> tuple[Tensor, Tensor]:
