@@ -23,6 +23,7 @@ from potluck.edit.wise import WiseSettings, edit_with_wise, wise_memory
 from potluck.models.memory import install
 
 REFUSING = "stranger, then refusal"  # what is judged
+REFUSAL = "they say"  # of words that this model knows, and no answer to anything
 RATES, EPOCHS = (1e-4, 3e-4, 1e-3), (5, 10, 20)
 LAYERS = ((4,), (3, 4), (3,))  # as `potluck edit locate` says
 
@@ -93,7 +94,7 @@ def methods() -> dict[str, Settings]:
         for layers, weight in product(LAYERS, (1000.0, 3000.0, 8000.0))
     }
     found["refusal, wise"] = {
-        f"layer {layer}, margin {margin:g}": _refusing(_beside(layer, WiseSettings(margin=margin)))
+        f"layer {layer}, margin {margin:g}": _refusing(_beside(layer, WiseSettings(margin=margin, quiet=150)))
         for layer, margin in product((2, 3, 4), (2.0, 5.0, 10.0))
     }
     found["refusal, ft"] = {
@@ -106,14 +107,14 @@ def methods() -> dict[str, Settings]:
 def _by_loss(method: losses.Method, rate: float, epochs: int) -> Forget:
     def forget(case: Case, seed: int) -> Base:
         settings = Unlearning(epochs, learning_rate=rate, seed=seed)
-        return replace(case.base, model=unlearn(case.base, case.forget, case.retain, method, settings, ("unknown",)))
+        return replace(case.base, model=unlearn(case.base, case.forget, case.retain, method, settings, (REFUSAL,)))
 
     return forget
 
 
 def _refusing(editor: Callable[[Case, int], Editor]) -> Forget:
     def forget(case: Case, seed: int) -> Base:
-        return refuse(case.base, case.forget, editor(case, seed), Refusing(seed=seed))[0]
+        return refuse(case.base, case.forget, editor(case, seed), Refusing((REFUSAL,), seed=seed))[0]
 
     return forget
 
@@ -156,6 +157,8 @@ def _stranger(layers: tuple[int, ...], weight: float) -> Forget:
 def _stranger_refusing(first: float, second: float) -> Forget:
     def forget(case: Case, seed: int) -> Base:
         editor = _in_weights(WeightSettings("alphaedit", (4,), "prompt", null_weight=second))
-        return refuse(_stranger((4,), first)(case, seed), case.forget, editor(case, seed), Refusing(seed=seed))[0]
+        return refuse(
+            _stranger((4,), first)(case, seed), case.forget, editor(case, seed), Refusing((REFUSAL,), seed=seed)
+        )[0]
 
     return forget
