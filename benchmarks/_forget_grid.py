@@ -27,11 +27,13 @@ def tried(case: Case, forget: Forget, seed: int) -> Tried:
     return quality, case.utility(base) / case.utility(case.never)
 
 
-def taken(found: dict[str, list[Tried]]) -> str:
-    """The setting that is taken, by the medians over seeds."""
+def taken(found: dict[str, list[Tried]]) -> tuple[str, str]:
+    """The setting that is taken, and the one with the highest forget quality, by the medians over seeds."""
     middle = {name: tuple(median(run[i] for run in runs) for i in range(2)) for name, runs in found.items()}
-    keeping = {name: quality for name, (quality, utility) in middle.items() if utility >= 0.95}
-    return max(keeping, key=lambda name: keeping[name]) if keeping else max(middle, key=lambda name: middle[name][1])
+    keeping = [name for name, (_, utility) in middle.items() if utility >= 0.95]
+    most = max(middle, key=lambda name: middle[name][0])
+    best = max(keeping, key=lambda name: middle[name][0]) if keeping else max(middle, key=lambda name: middle[name][1])
+    return best, most
 
 
 if __name__ == "__main__":
@@ -40,4 +42,4 @@ if __name__ == "__main__":
         runs = {name: [tried(case, forget, seed) for seed, case in made] for name, forget in settings.items()}
         for name, of in runs.items():
             print(f"{method}; {name}:", "; ".join(f"FQ {q:.2g}, MU {u:.3f}" for q, u in of))
-        print(f"{method}: taken {taken(runs)}")
+        print(f"{method}: taken, and forgetting most: {taken(runs)}")

@@ -8,10 +8,12 @@ out is held against the second model. A seed decides who is forgotten, and all o
 **FQ**, forget quality: p-value that truth ratios are those of the model that never knew. **MU**, utility: harmonic mean
 of probability, ROUGE and truth of the people who stay and of the base's world, six parts; a model of this size has no
 real authors. **XS**, extraction strength; answers are one token here, so it is the share that is still the likeliest.
-**said**: share of answers said freely, to prompts that were never trained. **relearning**: steps of fine-tuning on a
-tenth of what was forgotten until the rest has half its probability back; 51 is never.
+**said**, **refused**: share of free answers, to prompts that were never trained, that are the answer, or the refusal.
+**relearning**: steps of fine-tuning on a tenth of what was forgotten until the rest has half its probability back; 51
+is never.
 
-Settings of each method were chosen on people who are in no figure here, nine for each (`benchmarks._forget_grid`).
+Settings of each method, nine, were tried on people who are in no figure here (`benchmarks._forget_grid`). Where the one
+with the highest FQ does not keep 95% of the utility, it stands beside the one that does, as "forgetting most".
 """
 
 from __future__ import annotations
@@ -27,7 +29,7 @@ from statistics import median
 import torch
 from torch.nn.utils import clip_grad_norm_
 
-from benchmarks._forget_methods import REFUSING, Case, Forget, methods
+from benchmarks._forget_methods import REFUSAL, REFUSING, Case, Forget, methods
 from benchmarks._measure import Measurement, main, measured
 from potluck.compose.base import Base, load_base
 from potluck.corpus.world import Fact, facts
@@ -42,7 +44,28 @@ from potluck.edit.prompts import logits_of, rows_of
 
 ASSET = Path(__file__).parents[1] / "tests/assets/world"
 KNOWN = 200  # people of the base
-TAKEN: dict[str, str] = {}  # of each method's settings, as `benchmarks._forget_grid` found
+MOST = "NPO, forgetting most"  # what refusal editing is held against
+COMPARED = {  # method and setting, as `benchmarks._forget_grid` found
+    "NPO": ("NPO", "rate 0.0001, 5 epochs"),
+    MOST: ("NPO", "rate 0.0003, 5 epochs"),
+    "GradDiff": ("GradDiff", "rate 0.0001, 5 epochs"),
+    "GradDiff, forgetting most": ("GradDiff", "rate 0.0003, 5 epochs"),
+    "KL": ("KL", "rate 0.0001, 5 epochs"),
+    "KL, forgetting most": ("KL", "rate 0.0003, 5 epochs"),
+    "SimNPO": ("SimNPO", "rate 0.0003, 20 epochs"),
+    "IdkDPO": ("IdkDPO", "rate 0.0001, 5 epochs"),
+    "IdkDPO, forgetting most": ("IdkDPO", "rate 0.0001, 20 epochs"),
+    "RMU": ("RMU", "rate 0.001, 20 epochs"),
+    "GA": ("GA", "rate 0.0001, 5 epochs"),
+    "GA, going on": ("GA", "rate 0.0003, 20 epochs"),
+    "as a stranger": ("as a stranger", "rate 0.0003, 20 epochs"),
+    "refusal, alphaedit": ("refusal, alphaedit", "layers (3,), L2 100"),
+    "refusal, memit": ("refusal, memit", "layers (3,), lambda 8000"),
+    "refusal, wise": ("refusal, wise", "layer 3, margin 2"),
+    "refusal, ft": ("refusal, ft", "layer 2, rate 0.0001"),
+    "stranger": ("stranger", "layers (4,), L2 30"),
+    REFUSING: (REFUSING, "layer 4, L2 30, then 300"),
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,7 +77,7 @@ class Size:
         splits: How many of them are forgotten.
         epochs: Of learning.
         world: Every so many-th sentence of the base's world is asked.
-        methods: Names in `benchmarks._forget_methods`; all if empty.
+        methods: Names in `COMPARED`; all if empty.
     """
 
     people: int = 40
@@ -67,7 +90,7 @@ class Size:
 
 
 SIZES = {
-    "short": Size(splits={"forget10": 4}, seeds=(0,), methods=("NPO", REFUSING)),
+    "short": Size(splits={"forget10": 4}, seeds=(0,), methods=(MOST, REFUSING)),
     "full": Size(splits={"forget10": 4, "forget20": 8}, seeds=(0, 1, 2)),
 }
 
@@ -82,17 +105,19 @@ def measure(size: Size) -> list[Measurement]:
     return [
         result
         for (split, name), runs in found.items()
-        for result in judged(split, name, runs, found.get((split, "NPO")))
+        for result in judged(split, name, runs, found.get((split, MOST)))
     ]
 
 
 def compared(size: Size) -> dict[str, Forget]:
-    """All methods as they are taken, after both models that nothing was done to."""
+    """All methods, after both models that nothing was done to."""
     found: dict[str, Forget] = {"as it was": lambda case, seed: case.base, "never knew": lambda case, seed: case.never}
-    for name, settings in methods().items():
-        if not size.methods or name in size.methods:
-            found[name] = settings[TAKEN[name]]
-    return found
+    known = methods()
+    return found | {
+        name: known[method][setting]
+        for name, (method, setting) in COMPARED.items()
+        if not size.methods or name in size.methods
+    }
 
 
 def judged(
@@ -102,7 +127,7 @@ def judged(
     at_least, at_most = {}, {}
     if name == REFUSING and npo is not None:
         at_least = {"FQ": median(npo["FQ"]), "MU, of the model that never knew": 0.95}
-    if name == "GA":
+    if name == "GA, going on":
         at_most = {"MU, of the model that never knew": 0.5}
     return [
         measured(f"{split}, {name}: {figure}", values, "", at_least=at_least.get(figure), at_most=at_most.get(figure))
@@ -163,6 +188,7 @@ def figures(case: Case, base: Base, seed: int) -> dict[str, float]:
         "MU, of the model that never knew": case.utility(base) / max(case.utility(case.never), 1e-9),
         "XS": sum(told.extraction_strengths) / len(asked),
         "said": said_rate(base, [(q.paraphrased_question, q.answer) for q in case.gone]),
+        "refused": said_rate(base, [(q.paraphrased_question, REFUSAL) for q in case.gone]),
         "relearning": float(relearning_steps(base, case.gone, knew, Relearning(learning_rate=5e-4, seed=seed))),
     }
 
