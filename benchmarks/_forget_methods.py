@@ -14,7 +14,7 @@ from potluck.edit.forgetting.commands import AtWork
 from potluck.edit.forgetting.quality import model_utility, utility_of
 from potluck.edit.forgetting.questions import Question
 from potluck.edit.forgetting.refusals import Editor, Refusing, refuse
-from potluck.edit.forgetting.strangers import Strangers, estranged
+from potluck.edit.forgetting.strangers import Strangers, asked_as_edits, estranged
 from potluck.edit.forgetting.unlearning import Unlearning, unlearn
 from potluck.edit.layout import layout_of
 from potluck.edit.tuning import Tuning, fine_tune
@@ -123,7 +123,7 @@ def _in_weights(settings: WeightSettings) -> Callable[[Case, int], Editor]:
     def editor(case: Case, seed: int) -> Editor:
         def edit(base: Base, edits: Sequence[Edit]) -> object:
             own = replace(case.moments, base_hash=base.content_hash)
-            return weight_editor(base, own, replace(settings, seed=seed)).write(edits)
+            return weight_editor(base, own, replace(settings, seed=seed), asked_as_edits(case.retain)).write(edits)
 
         return edit
 

@@ -6,7 +6,8 @@
 sums are solved once and compared with the update of one editor with all 400, in float64 and from sums in float32. Then
 how well the edited models answer, by themselves, after the last edit, beside what is usually done with updates: each
 participant solves for itself, and the updates are averaged, added up, or merged by TIES (density 0.2). The score is the
-harmonic mean of reliability, rephrase and locality.
+harmonic mean of reliability, rephrase and locality. And once more with a quarter as many facts, of which each is edited
+by four participants: together it is made once, as `potluck.edit.together.claims` decides.
 
 **Speed.** Target values of 100 edits side by side, against one by one; key moments of a text of 10 MB, and how much
 memory they add to those of 1 MB; edits a second of WISE, all into one shard, and how much longer EasyEdit takes for the
@@ -22,7 +23,7 @@ import resource
 import subprocess
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import harmonic_mean
 from tempfile import TemporaryDirectory
@@ -32,6 +33,7 @@ import torch
 from torch import Tensor
 
 from benchmarks._measure import Measurement, main, measured, seconds
+from potluck.aggregation.statistics import Statistics
 from potluck.compose.base import Base, load_base
 from potluck.compose.merging.rules import Ties, merged
 from potluck.corpus.world import documents_of
@@ -45,11 +47,12 @@ from potluck.edit.moments import key_moments, moment_of
 from potluck.edit.of_world import changed_world
 from potluck.edit.prompts import answers
 from potluck.edit.values import ValueSettings, targets
-from potluck.edit.weights import WeightSettings, add, put
+from potluck.edit.weights import WeightSettings, add, put, weight_editor
 from potluck.edit.wise import WiseSettings, edit_with_wise, wise_memory
 
 WORLD = Path(__file__).parents[1] / "tests" / "assets" / "world"
 PEOPLE = 200
+_HELD_BY = 4  # participants who have the same edit
 Deltas = Mapping[int, Tensor]
 Sums = tuple[Tensor, Tensor]  # M and G
 Rule = Callable[[Sequence[Sums], int], Tensor]  # from everybody's sums to a layer's update
@@ -102,7 +105,7 @@ def measure(size: Size) -> list[Measurement]:
         limit = {"together from float64": targets_met[method], "together from float32": 1e-5}.get(what)
         unit = "relative error" if limit else "percent"
         rows.append(measured(name, runs, unit, at_most=limit, at_least=20.0 if what.startswith("lost") else None))
-    return [*rows, *_speed(base, layout, settings, size), *_wise(base, size)]
+    return [*rows, *_speed(base, layout, settings, moments, size), *_wise(base, size)]
 
 
 def _judge_together(
@@ -129,6 +132,17 @@ def _judge_together(
     unedited = answers(base, [p for edit in everybody for p in edit.neighbours])
     _judge(found, "memit", memit, scene, unedited)
     _judge(found, "alphaedit", alphaedit, scene, unedited)
+    few = [(edit, value) for share, own in scene.parts for edit, value in zip(share, own, strict=True)][::_HELD_BY]
+    held = [[few[j] for j in range(len(few)) if (i - j) % len(shares) < _HELD_BY] for i in range(len(shares))]
+    once = replace(scene, parts=[_part(few)])
+    often = replace(scene, parts=[_part(part) for part in held])
+    unedited = answers(base, [p for edit in once.edits for p in edit.neighbours])
+    _judge_often(found, "memit", memit, once, often, unedited)
+    _judge_often(found, "alphaedit", alphaedit, once, often, unedited)
+
+
+def _part(held: Sequence[tuple[Edit, Tensor]]) -> tuple[Sequence[Edit], Tensor]:
+    return [edit for edit, _ in held], torch.stack([value for _, value in held])
 
 
 @dataclass(frozen=True)
@@ -190,9 +204,6 @@ def _judge(
 
         return rule
 
-    def apart(merge: Callable[[Tensor], Tensor]) -> Rule:
-        return lambda parts, layer: merge(torch.stack([solve(m, g, layer) for m, g in parts]))
-
     pooled = scene.deltas(together(torch.float64), pooled=True)
     score = scene.score(unedited)
     found.setdefault(f"{method}: harmonic mean together", []).append(score)
@@ -200,15 +211,40 @@ def _judge(
         deltas = scene.deltas(together(dtype))
         error = max(float((deltas[i] - pooled[i]).norm() / pooled[i].norm()) for i in pooled)
         found.setdefault(f"{method}: together from {str(dtype)[6:]}", []).append(error)
-    naive: dict[str, Callable[[Tensor], Tensor]] = {
-        "mean": lambda stack: stack.mean(0),
-        "sum": lambda stack: stack.sum(0),
-        "ties": lambda stack: merged(Ties(density=0.2), "w", torch.ones(len(stack)), stack.float()).double(),
-    }
-    for name, merge in naive.items():
-        scene.deltas(apart(merge))
+    for name, merge in NAIVE.items():
+        scene.deltas(_apart(solve, merge))
         found.setdefault(f"{method}: lost by {name}", []).append(score - scene.score(unedited))
     scene.restore()
+
+
+def _judge_often(
+    found: dict[str, list[float]],
+    method: str,
+    solve: Callable[[Tensor, Tensor, int], Tensor],
+    once: _Scene,
+    often: _Scene,
+    unedited: Sequence[str],
+) -> None:
+    """Each edit is at several participants: made once, or as often as it is there."""
+    once.deltas(lambda parts, layer: solve(*parts[0], layer))
+    score = once.score(unedited)
+    found.setdefault(f"{method}: harmonic mean together, each edit at {_HELD_BY}", []).append(score)
+    for name, merge in NAIVE.items():
+        often.deltas(_apart(solve, merge))
+        found.setdefault(f"{method}: lost by {name}, each edit at {_HELD_BY}", []).append(score - once.score(unedited))
+    once.restore()
+
+
+def _apart(solve: Callable[[Tensor, Tensor, int], Tensor], merge: Callable[[Tensor], Tensor]) -> Rule:
+    """Each participant solves for itself, and the updates are merged."""
+    return lambda parts, layer: merge(torch.stack([solve(m, g, layer) for m, g in parts]))
+
+
+NAIVE: dict[str, Callable[[Tensor], Tensor]] = {
+    "mean": lambda stack: stack.mean(0),
+    "sum": lambda stack: stack.sum(0),
+    "ties": lambda stack: merged(Ties(density=0.2), "w", torch.ones(len(stack)), stack.float()).double(),
+}
 
 
 def _right(base: Base, asked: Sequence[tuple[str, str]]) -> float:
@@ -216,7 +252,16 @@ def _right(base: Base, asked: Sequence[tuple[str, str]]) -> float:
     return sum(a == answer for a, (_, answer) in zip(said, asked, strict=True)) / len(asked)
 
 
-def _speed(base: Base, layout: Layout, settings: WeightSettings, size: Size) -> list[Measurement]:
+def _memit(base: Base, moments: Statistics, edits: Sequence[Edit], at_once: int = 0) -> None:
+    editor = weight_editor(base, moments, WeightSettings(layers=(4,), at="prompt", values=ValueSettings(enough=0.0)))
+    size = at_once or len(edits)
+    for begin in range(0, len(edits), size):
+        editor.write(edits[begin : begin + size])
+    for layer, original in editor.originals.items():
+        put(editor.layout, layer, original)
+
+
+def _speed(base: Base, layout: Layout, settings: WeightSettings, moments: Statistics, size: Size) -> list[Measurement]:
     edits = changed_world(size.values, 0)
     before = contexts(base, settings.seed)
     values = ValueSettings(enough=0.0)  # all steps, whatever they reach
@@ -229,12 +274,18 @@ def _speed(base: Base, layout: Layout, settings: WeightSettings, size: Size) -> 
         together = seconds(lambda: find(edits)) / len(edits)
         alone = seconds(lambda: [find([edit]) for edit in edits[: size.alone]]) / size.alone
         ratios.append(alone / together)
+    whole = []
+    for _ in range(3):
+        together = seconds(lambda: _memit(base, moments, edits)) / len(edits)
+        alone = seconds(lambda: _memit(base, moments, edits[: size.alone], at_once=1)) / size.alone
+        whole.append(alone / together)
     memory = []
     for text in (size.text // 10, size.text):
         taken = seconds(lambda text=text: key_moments(base, layout, settings.layers, _stream(text)))
         memory.append(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)
     return [
-        measured(f"values of {size.values} edits at once against one by one", ratios, "x", at_least=5.0),
+        measured(f"{size.values} MEMIT edits at once against one by one", whole, "x", at_least=5.0),
+        measured(f"of it, values of {size.values} edits", ratios, "x"),
         measured(f"key moments of {size.text / 1e6:g} MB", [taken], "s"),
         measured(f"memory they add to those of {size.text / 1e7:g} MB", [memory[1] - memory[0]], "MB", at_most=20.0),
     ]

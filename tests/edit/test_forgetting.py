@@ -26,10 +26,11 @@ from potluck.edit.forgetting.record import commitment, new_opening, read_record,
 from potluck.edit.forgetting.refusals import Refusing, refusal_edits, refuse
 from potluck.edit.forgetting.relearning import Relearning, relearning_steps
 from potluck.edit.forgetting.removal import remove_statistics
-from potluck.edit.forgetting.strangers import Strangers, estranged, stranger_names
+from potluck.edit.forgetting.strangers import Strangers, estranged
 from potluck.edit.forgetting.unlearning import Unlearning, unlearn
 from potluck.edit.layout import layout_of
 from potluck.edit.moments import key_moments
+from potluck.edit.names import stranger_names
 from potluck.engine.nats.identity import new_seed
 from potluck.errors import EditError, NotFinite
 

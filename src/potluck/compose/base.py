@@ -8,8 +8,10 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
+import torch
 from transformers import PreTrainedModel
 
 from potluck.corpus.sources import documents
@@ -48,13 +50,18 @@ def weights_hash(model: PreTrainedModel) -> str:
     return digest.hexdigest()
 
 
-def load_base(folder: Path) -> Base:
+def load_base(folder: Path, device: Literal["cpu", "auto"] = "cpu") -> Base:
     """A model folder with its tokenizer, such as ``RUN/model``.
+
+    Args:
+        device: ``auto`` is the GPU, if there is one.
 
     Raises:
         ModelError: The model or its tokenizer cannot be used.
     """
     model = load_folder(folder)
+    if device == "auto" and torch.cuda.is_available():
+        model.to(torch.device("cuda"))  # type: ignore[arg-type]  # its wrapper hides the types
     return Base(model.eval(), folder_vocabulary(folder), str(folder))
 
 

@@ -29,7 +29,7 @@ def evaluate_edits(
         CorpusError: The text is missing or too short.
     """
     asked = read_edits(edits)
-    edited, unedited = load_base(model), None if before is None else load_base(before)
+    edited, unedited = load_base(model, "auto"), None if before is None else load_base(before, "auto")
     if before is not None and unedited is not None:
         if unedited.vocabulary.content_hash != edited.vocabulary.content_hash:
             raise ModelError(f"{before}: has another tokenizer than {model}", "name the model before it was edited")

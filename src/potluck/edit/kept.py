@@ -56,6 +56,7 @@ def save_edited(editor: WeightEditor, folder: Path) -> None:
     """
     tensors: dict[str, Tensor] = {f"original.{layer}": value for layer, value in editor.originals.items()}
     tensors |= {f"moments.{name}": value for name, value in editor.moments.tensors.items()}
+    tensors |= {f"held.{layer}": value for layer, value in editor.held.items()}
     for number, batch in enumerate(editor.written):
         for part in _PARTS:
             tensors |= {f"{number}.{part}.{layer}": value for layer, value in getattr(batch, part).items()}
@@ -82,7 +83,7 @@ def load_edited(folder: Path) -> WeightEditor:
         ModelError: The model cannot be used.
         EditError: What was done to it is missing, damaged, or the weights are not those that it led to.
     """
-    base = load_base(folder)
+    base = load_base(folder, "auto")
     place = folder / FOLDER
     try:
         facts = json.loads((place / "edits.json").read_text(encoding="utf-8"))
@@ -113,4 +114,6 @@ def _editor(base: Base, facts: Mapping[str, Any], tensors: Mapping[str, Tensor])
         written.append(batch)
     if not all(torch.isfinite(tensor).all() for tensor in tensors.values()):
         raise ValueError("NaN or infinite values")
-    return WeightEditor(base, moments, settings, {layer: tensors[f"original.{layer}"] for layer in layers}, written)
+    originals = {layer: tensors[f"original.{layer}"] for layer in layers}
+    held = {layer: tensors[f"held.{layer}"] for layer in layers if f"held.{layer}" in tensors}
+    return WeightEditor(base, moments, settings, originals, written, held)

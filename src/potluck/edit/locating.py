@@ -37,7 +37,7 @@ def locate(
         raise RecipeError(f"{plot}: a plot ends in {', '.join(_FORMATS)}")
     if plot is not None and plot.exists():
         raise StorageError(f"{plot}: there is something here already", "name a new file")
-    trace = causal_trace(load_base(model), read_edits(facts), window, draws=draws, seed=seed, on_fact=on_fact)
+    trace = causal_trace(load_base(model, "auto"), read_edits(facts), window, draws=draws, seed=seed, on_fact=on_fact)
     if plot is not None:
         draw(trace, plot)
     return {

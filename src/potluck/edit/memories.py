@@ -17,12 +17,13 @@ from potluck.compose.base import Base
 from potluck.edit.contexts import prompt_row
 from potluck.edit.facts import Edit
 from potluck.edit.layout import Layout, host, layout_of, watching
-from potluck.edit.prompts import Rows, rows_of
+from potluck.edit.prompts import Rows, row, rows_of
 from potluck.edit.tails import Tails, tails_of
 from potluck.files import appearing, storing, write_text
 from potluck.models.memory import EditedConfig, EditedForCausalLM, Memory, install
 
 RECORD = "memory.json"
+_ROWS = 64  # in a batch
 
 
 class SideMemory(Protocol):
@@ -131,9 +132,13 @@ def asked(base: Base, layout: Layout, layer: int, edits: Sequence[Edit], before:
 def keys_of_texts(base: Base, layout: Layout, layer: int, texts: Sequence[str]) -> list[Tensor]:
     """The map's inputs at every token of each text, ``(N, d_in)``, float32."""
     found: list[Tensor] = []
-    with watching({layer: layout.map(layer)}, lambda _, keys, plain: found.append(host(keys[0]).float())):
-        for text in texts:
-            ids = [base.vocabulary.end_of_text, *base.vocabulary.tokenizer.encode(text, add_special_tokens=False).ids]
-            with torch.inference_mode():
-                base.model.base_model(input_ids=torch.tensor([ids], device=base.model.device), use_cache=False)
+    for begin in range(0, len(texts), _ROWS):
+        rows = [row(base.vocabulary, text) for text in texts[begin : begin + _ROWS]]
+        batch = rows_of(rows, base.vocabulary.end_of_text).to(base.model.device)
+
+        def take(key: int, keys: Tensor, output: Tensor, batch: Rows = batch) -> None:
+            found.extend(own[mask].float() for own, mask in zip(host(keys), batch.mask.cpu().bool(), strict=True))
+
+        with watching({layer: layout.map(layer)}, take), torch.inference_mode():
+            base.model.base_model(input_ids=batch.ids, attention_mask=batch.mask, use_cache=False)
     return found

@@ -35,7 +35,7 @@ def load_memory(folder: Path) -> tuple[Base, Memory]:
         ModelError: The model cannot be used.
         EditError: Its record is damaged or does not fit, or its shards were merged into one.
     """
-    whole = load_base(folder)
+    whole = load_base(folder, "auto")
     try:
         record = json.loads((folder / RECORD).read_text(encoding="utf-8"))
         model = cast(EditedForCausalLM, whole.model)

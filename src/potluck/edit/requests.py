@@ -74,7 +74,7 @@ def apply(request: Request, moments_folder: Path = Path("runs/moments")) -> dict
         return _go_on(request, edits)
     if has_memory(request.model):
         return _remember_more(request, edits)
-    base = load_base(request.model)
+    base = load_base(request.model, "auto")
     before = _neighbours(base, edits)
     layers = request.layers or default_layers(base, request.method)
     batches = _batches(edits, request.at_once)

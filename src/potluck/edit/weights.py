@@ -89,6 +89,7 @@ class WeightEditor:
         moments: Of the text that shall stay as it is (`potluck.edit.moments`), measured on the unedited model.
         originals: The edited weights as they were, ``(d_out, d_in)``.
         written: Batches in order.
+        held: Of each layer, ``Kᵀ K`` of prompts whose answers shall stay, beside what the text's moments protect.
     """
 
     base: Base
@@ -96,6 +97,7 @@ class WeightEditor:
     settings: WeightSettings
     originals: Mapping[int, Tensor]
     written: list[Written] = field(default_factory=list)
+    held: Mapping[int, Tensor] = field(default_factory=dict)
 
     @property
     def layout(self) -> Layout:
@@ -162,14 +164,18 @@ class WeightEditor:
         """Make the weights of the originals and what was written."""
         layout = self.layout
         for layer, original in self.originals.items():
-            past = torch.zeros(layout.d_in, layout.d_in, dtype=torch.float64)
+            past = self._held(layer)
             put(layout, layer, original)
             for batch in self.written:
                 add(layout, layer, self._solved(layer, batch.keys[layer], batch.residuals[layer], past))
                 past += sums(batch.after[layer], batch.residuals[layer])[1]
 
+    def _held(self, layer: int) -> Tensor:
+        none = torch.zeros(self.layout.d_in, self.layout.d_in, dtype=torch.float64)
+        return self.held.get(layer, none).clone()
+
     def _past(self, layer: int) -> Tensor:
-        past = torch.zeros(self.layout.d_in, self.layout.d_in, dtype=torch.float64)
+        past = self._held(layer)
         for batch in self.written:
             past += batch.after[layer].T @ batch.after[layer]
         return past
@@ -188,8 +194,11 @@ class WeightEditor:
         return null_space(moment, self.settings.kept)
 
 
-def weight_editor(base: Base, moments: Statistics, settings: WeightSettings) -> WeightEditor:
+def weight_editor(base: Base, moments: Statistics, settings: WeightSettings, hold: Sequence[Edit] = ()) -> WeightEditor:
     """An editor that has not edited yet.
+
+    Args:
+        hold: Prompts, with their subjects, whose answers shall stay; each counts as much as an edit.
 
     Raises:
         ModelError: The model's layout is not known.
@@ -201,7 +210,14 @@ def weight_editor(base: Base, moments: Statistics, settings: WeightSettings) -> 
         raise EditError(f"rome edits one layer, not {len(layers)}", "name one, for example with `potluck edit locate`")
     for layer in layers:
         moment_of(moments, base.content_hash, layout, layer)
-    return WeightEditor(base, moments, settings, {layer: layout.weight(layer).cpu().clone() for layer in layers})
+    originals = {layer: layout.weight(layer).cpu().clone() for layer in layers}
+    return WeightEditor(base, moments, settings, originals, held=held_keys(base, layers, hold, settings.at))
+
+
+def held_keys(base: Base, layers: Sequence[int], hold: Sequence[Edit], at: Site) -> dict[int, Tensor]:
+    """``Kᵀ K`` of prompts at each layer, ``(d_in, d_in)``; of none there is nothing."""
+    keys = keys_at(base, layout_of(base.model), layers, hold, (), at) if hold else {}
+    return {layer: k.T @ k for layer, k in keys.items()}
 
 
 def add(layout: Layout, layer: int, delta: Tensor) -> None:

@@ -10,6 +10,7 @@ participant has them, so none has to be forgotten for another; one that is taken
 
 from __future__ import annotations
 
+import random
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Literal
@@ -24,6 +25,7 @@ from potluck.edit.contexts import contexts
 from potluck.edit.facts import Edit, checked_edits
 from potluck.edit.layout import layout_of
 from potluck.edit.memories import Asked, asked, keys_of_texts
+from potluck.edit.names import stranger_names
 from potluck.errors import EditError
 from potluck.models.memory import Shards
 
@@ -45,6 +47,7 @@ class WiseSettings:
         enough: A shard whose loss is below it is left as it is.
         contexts: Beginnings of texts that each prompt is tried after, beside none.
         quiet: Texts that the model writes, to stand for all that is not asked for.
+        near: Names of others that each prompt is tried with, to stand for what looks like it.
         seed: Of masks, contexts and these texts.
     """
 
@@ -59,6 +62,7 @@ class WiseSettings:
     enough: float = 0.02
     contexts: int = 1
     quiet: int = 60
+    near: int = 2
     seed: int = 0
 
 
@@ -172,6 +176,8 @@ def _trained(base: Base, memory: WiseMemory, place: int, edits: tuple[Edit, ...]
     rows = asked(base, layout, memory.layer, edits, contexts(base, settings.seed, settings.contexts))
     others = [keys for text, keys in memory.quiet if not any(edit.subject in text for edit in edits)]
     quiet = torch.cat(others or [keys for _, keys in memory.quiet]).to(rows.keys.device)
+    alike, unseen = (keys_of_texts(base, layout, memory.layer, t) for t in _near(edits, settings.near, settings.seed))
+    near = torch.cat(alike).to(quiet) if alike else quiet[:0]
     typical = float((quiet @ layout.weight(memory.layer).T).norm(dim=1).mean())
     draw = torch.Generator().manual_seed(settings.seed * 1_000_003 + place)
     mask = (torch.rand(layout.d_out, layout.d_in, generator=draw) < settings.density).to(rows.keys.device)
@@ -184,9 +190,10 @@ def _trained(base: Base, memory: WiseMemory, place: int, edits: tuple[Edit, ...]
         loss = rows.nll(rows.tails.of(added)).mean()
         size = added.norm(dim=-1) / typical
         missed, touched = relu(settings.inside - size[inside]), relu(size[outside] - settings.outside)
-        some = linear(quiet[step % _STRIDE :: _STRIDE], delta).norm(dim=-1) / typical  # for all of them
-        stirred = _STRIDE * relu(some - settings.outside).square().sum() + touched.square().sum()
-        total = loss + settings.margin * (missed.mean() + stirred / len(edits))
+        some = torch.cat([near, quiet[step % _STRIDE :: _STRIDE]])
+        stirred = relu(linear(some, delta).norm(dim=-1) / typical - settings.outside).square()
+        elsewhere = touched.square().sum() + stirred[: len(near)].sum() + _STRIDE * stirred[len(near) :].sum()
+        total = loss + settings.margin * (missed.mean() + elsewhere / len(edits))
         if not torch.isfinite(total):
             raise EditError("the loss of side weights became NaN or infinite", "lower the learning rate")
         if float(total.detach()) < settings.enough:
@@ -196,6 +203,9 @@ def _trained(base: Base, memory: WiseMemory, place: int, edits: tuple[Edit, ...]
     delta = (free * mask).detach()
     size = linear(rows.keys, delta).norm(dim=-1)
     low = float(torch.cat([size[outside], linear(quiet, delta).norm(dim=-1)]).quantile(0.999))
+    if unseen:
+        ends = torch.stack([keys[-1] for keys in unseen]).to(quiet)
+        low = max(low, float(linear(ends, delta).norm(dim=-1).quantile(0.9)))
     high = float(size[inside].quantile(0.02))
     threshold = (low * high) ** 0.5 if low < high else high
     return Shard(delta.cpu(), threshold, edits)
@@ -205,6 +215,27 @@ def _quiet(base: Base, memory: WiseMemory) -> tuple[tuple[str, Tensor], ...]:
     texts = contexts(base, memory.settings.seed + 1, memory.settings.quiet, 40)
     keys = keys_of_texts(base, layout_of(base.model), memory.layer, texts)
     return tuple(zip(texts, keys, strict=True))
+
+
+def _near(edits: Sequence[Edit], count: int, seed: int) -> tuple[list[str], list[str]]:
+    """What looks like a shard's edits and is not asked for: their prompts about others, real or invented.
+
+    Returns:
+        Prompts to train on, and others, with names of their own, to put the threshold by.
+    """
+    asks, subjects = {edit.asks for edit in edits}, sorted({edit.subject for edit in edits})
+    invented = stranger_names(subjects, seed) if len(subjects) > 1 else []
+    draw, half = random.Random(seed), len(invented) // 2
+
+    def about(names: Sequence[str], each: int) -> list[str]:
+        others = [
+            replace(edit, prompt=edit.prompt.replace(edit.subject, name), subject=name)
+            for edit in edits
+            for name in draw.sample(names, min(each, len(names)))
+        ]
+        return [other.prompt for other in others if other.asks not in asks]
+
+    return about([*subjects, *invented[:half]], count), about(invented[half:], 1)
 
 
 def _sides(rows: Asked) -> tuple[Tensor, Tensor]:

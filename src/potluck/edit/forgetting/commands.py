@@ -17,7 +17,7 @@ from potluck.edit.forgetting import losses
 from potluck.edit.forgetting.quality import model_utility, said_rate, told_of, truth_ratios, utility_of
 from potluck.edit.forgetting.questions import Question, read_questions
 from potluck.edit.forgetting.refusals import Editor, Refusing, read_refusals, refuse
-from potluck.edit.forgetting.strangers import Strangers, estranged
+from potluck.edit.forgetting.strangers import Strangers, asked_as_edits, estranged
 from potluck.edit.forgetting.unlearning import Unlearning, unlearn
 from potluck.edit.kept import save_model
 from potluck.edit.layout import layout_of
@@ -97,7 +97,7 @@ def forget(request: Request, on_step: Callable[[str], None] = lambda what: None)
     questions = read_questions(request.forget, request.task)
     kept = [] if request.retain is None else read_questions(request.retain)
     seed = None if request.key is None else _seed(request.key)
-    base = load_base(request.model)
+    base = load_base(request.model, "auto")
     on_step("measuring the model as it is")
     before = figures(base, questions, kept)
     with appearing(request.out) as folder:
@@ -130,7 +130,7 @@ def forgotten(
         if request.method != "stranger" or request.refuse:
             how = Refusing(refusals, merge=request.merge, seed=request.seed)
             name = "alphaedit" if request.method == "stranger" else request.method
-            edited, held = refuse(edited, questions, editor_named(name, moments, layers, at, request.seed), how)
+            edited, held = refuse(edited, questions, editor_named(name, moments, layers, at, request.seed, kept), how)
         return edited, held
     settings = Unlearning(request.epochs, request.batch_size, request.learning_rate, seed=request.seed)
     method = loss_named(cast(LossName, request.method), base)
@@ -159,18 +159,25 @@ def loss_named(name: LossName, base: Base) -> losses.Method:
             return losses.Rmu(layer=min(7, layout_of(base.model).count * 7 // 16))
 
 
-def editor_named(name: str, moments: Statistics, layers: tuple[int, ...], at: Site, seed: int) -> Editor:
-    """An editor as a function that edits the model that it is given, in place."""
+def editor_named(
+    name: str, moments: Statistics, layers: tuple[int, ...], at: Site, seed: int, kept: Sequence[Question] = ()
+) -> Editor:
+    """An editor as a function that edits the model that it is given, in place.
+
+    Args:
+        kept: Questions whose answers editors of weights hold, of those that name a subject.
+    """
     if name == "wise":
         return _wise(layers[-1], seed)
     if name in ("ft", "lora"):
         rank, rate = (8, 5e-3) if name == "lora" else (0, 5e-4)
         return lambda base, edits: fine_tune(base, edits, Tuning(layers, rank, learning_rate=rate, seed=seed))
     settings = WeightSettings(cast(Method, name), layers, at, seed=seed)
+    hold = asked_as_edits([question for question in kept if question.subject])
 
     def edit(base: Base, edits: Sequence[Edit]) -> object:
         own = dataclasses.replace(moments, base_hash=base.content_hash)  # a copy, or a stranger's, of what was measured
-        return weight_editor(base, own, settings).write(edits)
+        return weight_editor(base, own, settings, hold).write(edits)
 
     return edit
 

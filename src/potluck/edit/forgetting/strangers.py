@@ -25,8 +25,8 @@ from potluck.edit.facts import Edit
 from potluck.edit.forgetting.questions import Question, with_subjects
 from potluck.edit.layout import layout_of
 from potluck.edit.moments import moment_of
-from potluck.edit.weights import add
-from potluck.errors import EditError
+from potluck.edit.names import stranger_names
+from potluck.edit.weights import add, held_keys
 
 
 @dataclass(frozen=True)
@@ -58,7 +58,8 @@ def estranged(
     """A copy of the model to which the subjects of what is to be forgotten are strangers.
 
     Args:
-        retain: From its questions names are made, and in their beginnings subjects are met; may be empty.
+        retain: Its answers stay, each as much as something is forgotten. From its questions names are made, and in
+            their beginnings subjects are met. May be empty.
         moments: Of text that shall stay as it is (`potluck.edit.moments`), measured on this model.
 
     Raises:
@@ -69,7 +70,7 @@ def estranged(
     layout = layout_of(edited.model)
     layers = layout.check_layers(settings.layers)
     gone, others = with_subjects(forget), [q for q in retain if q.subject]
-    met = _met(gone, others, settings.ways) if settings.at == "subject" else _asked(gone)
+    met = _met(gone, others, settings.ways) if settings.at == "subject" else asked_as_edits(gone)
     z = torch.zeros(len(met), layout.d_out, dtype=torch.float64)
     names = stranger_names([q.subject for q in (*gone, *others)], settings.seed)
     draw = random.Random(settings.seed)
@@ -80,40 +81,14 @@ def estranged(
     z /= min(settings.count, len(names))
     before = contexts(base, settings.seed)
     none = torch.zeros(layout.d_in, layout.d_in, dtype=torch.float64)
+    held = held_keys(base, layers, asked_as_edits(others), settings.at)
     for place, layer in enumerate(layers):
         keys = keys_at(edited, layout, (layer,), met, before, settings.at)[layer]
         residuals = (z - hidden_at(edited, layout, layers[-1], met, settings.at)) / (len(layers) - place)
         free = null_space(moment_of(moments, moments.base_hash, layout, layer), settings.kept)
-        add(layout, layer, alphaedit_update(*sums(keys, residuals), none, free, settings.null_weight))
+        past = held.get(layer, none)
+        add(layout, layer, alphaedit_update(*sums(keys, residuals), past, free, settings.null_weight))
     return edited
-
-
-def stranger_names(subjects: Sequence[str], seed: int, count: int = 64) -> list[str]:
-    """Names that nobody has, made of those that occur.
-
-    Where the last word tells all apart, a stranger's is new: the halves of two. Where it does not, every word is one
-    that stands at its place in some name, so that only their combination is new.
-
-    Raises:
-        EditError: From these none can be made.
-    """
-    known = [words for subject in sorted(set(subjects)) if (words := subject.split())]
-    told_apart = len({words[-1] for words in known}) == len(known)
-    used = {words[-1] for words in known} if told_apart else {" ".join(words) for words in known}
-    draw, found = random.Random(f"strangers {seed}"), dict[str, None]()
-    for _ in range(count * 8 if len(known) > 1 else 0):
-        like, one, two = (draw.choice(known) for _ in range(3))
-        if told_apart:
-            last = one[-1][: (len(one[-1]) + 1) // 2] + two[-1][len(two[-1]) // 2 :]
-            name, new = " ".join([*like[:-1], last]), one != two and last not in used
-        else:
-            words = [draw.choice([other[place] for other in known if len(other) > place]) for place in range(len(like))]
-            name, new = " ".join(words), len(set(words)) == len(words) and " ".join(words) not in used
-        if new:
-            found[name] = None
-    if not found:
-        raise EditError("no strangers' names can be made of these", "give --retain questions that name other subjects")
-    return list(found)[:count]
 
 
 def _met(gone: Sequence[Question], others: Sequence[Question], ways: int) -> list[Edit]:
@@ -128,8 +103,9 @@ def _met(gone: Sequence[Question], others: Sequence[Question], ways: int) -> lis
     ]
 
 
-def _asked(gone: Sequence[Question]) -> list[Edit]:
-    return [Edit(q.id, q.question, q.subject, "-") for q in gone]
+def asked_as_edits(questions: Sequence[Question]) -> list[Edit]:
+    """Questions as prompts with a subject, for editors."""
+    return [Edit(q.id, q.question, q.subject, q.answer) for q in questions]
 
 
 def _as(edit: Edit, name: str) -> Edit:

@@ -17,8 +17,8 @@ from potluck.compose.base import Base
 from potluck.edit.forgetting import losses
 from potluck.edit.forgetting.losses import AsStranger, GradientAscent, IdkDpo, Method, Npo, Rmu, SimNpo
 from potluck.edit.forgetting.questions import Question, with_subjects
-from potluck.edit.forgetting.strangers import stranger_names
 from potluck.edit.layout import first, layout_of, watching
+from potluck.edit.names import stranger_names
 from potluck.edit.prompts import Row, Rows, logits_of, row, rows_of
 from potluck.errors import EditError, NotFinite
 
