@@ -23,7 +23,7 @@ from potluck.edit.wise import WiseSettings, edit_with_wise, wise_memory
 from potluck.models.memory import install
 
 REFUSING = "stranger, then refusal"  # what is judged
-REFUSAL = "they say"  # of words that this model knows, and no answer to anything
+REFUSAL = "known"  # one word that this model knows, and no answer to anything
 RATES, EPOCHS = (1e-4, 3e-4, 1e-3), (5, 10, 20)
 LAYERS = ((4,), (3, 4), (3,))  # as `potluck edit locate` says
 

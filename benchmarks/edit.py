@@ -69,6 +69,7 @@ class Size:
         text: Characters of the text whose moments are taken.
         wise: Edits of WISE that are timed.
         margins: Scales of EasyEdit's margins.
+        people: Whose text the key moments are of.
     """
 
     seeds: tuple[int, ...]
@@ -79,6 +80,7 @@ class Size:
     text: int
     wise: int = 20
     margins: tuple[float, ...] = (0.01, 0.1, 1.0)
+    people: int = PEOPLE
 
 
 SIZES = {
@@ -91,7 +93,7 @@ def measure(size: Size) -> list[Measurement]:
     base = load_base(WORLD)
     layout = layout_of(base.model)
     settings = WeightSettings(layers=(4,), at="prompt")  # as `potluck edit locate` says
-    moments = key_moments(base, layout, range(layout.count), documents_of(PEOPLE, tellings=2))
+    moments = key_moments(base, layout, range(layout.count), documents_of(size.people, tellings=2))
     found: dict[str, list[float]] = {}
     for seed in size.seeds:
         edits = changed_world(size.participants * size.each, seed)

@@ -56,6 +56,7 @@ class Size:
     Attributes:
         at_once: Edits in a batch.
         methods: Names in `METHODS`; all if empty.
+        people: Whose text the key moments are of.
         everything: All settings of each, not only those that are taken, and nothing of later.
     """
 
@@ -63,12 +64,13 @@ class Size:
     edits: int = 300
     at_once: int = 10
     methods: tuple[str, ...] = ()
+    people: int = PEOPLE
     everything: bool = False
 
 
 SIZES = {
     "short": Size(seeds=(0,), edits=20, methods=("GRACE", "MEMIT")),
-    "full": Size(seeds=(0, 1, 2)),
+    "full": Size(seeds=(0, 1, 2), methods=("ROME", "MEMIT", "AlphaEdit", "GRACE", "WISE", "FT")),
 }
 GRID = Size(seeds=(9,), everything=True)
 
@@ -76,7 +78,7 @@ GRID = Size(seeds=(9,), everything=True)
 def measure(size: Size) -> list[Measurement]:
     asset = load_base(WORLD)
     asset.model.to("cuda" if torch.cuda.is_available() else "cpu")
-    moments = key_moments(asset, layout_of(asset.model), (3, 4), documents_of(PEOPLE, tellings=2))
+    moments = key_moments(asset, layout_of(asset.model), (3, 4), documents_of(size.people, tellings=2))
     found: dict[tuple[str, str], list[float]] = {}
     for seed in size.seeds:
         edits = changed_world(size.edits, seed)
@@ -195,10 +197,8 @@ METHODS: Mapping[str, Mapping[str, Method]] = {
         for layer, radius in ((4, 0.1), (4, 0.3), (4, 0.5), (3, 0.3))
     },
     "WISE": {
-        f"layer {layer}, shards of {shard}, margin {margin:g}": _beside(
-            layer, WiseSettings(shard=shard, margin=margin, quiet=150)
-        )
-        for layer, shard, margin in ((4, 100, 5.0), (3, 100, 5.0), (3, 50, 5.0), (3, 50, 10.0))
+        f"layer {layer}, shards of {shard}": _beside(layer, WiseSettings(shard=shard))
+        for layer, shard in ((3, 100), (3, 50), (3, 25), (3, 10), (4, 25))
     },
     "FT": {
         f"layer {layer}, rate {rate:g}": _tuned(Tuning((layer,), learning_rate=rate))
@@ -209,7 +209,15 @@ METHODS: Mapping[str, Mapping[str, Method]] = {
         for layer, rate in ((4, 1e-3), (4, 5e-3), (3, 5e-3))
     },
 }  # fmt: skip
-TAKEN = {name: next(iter(settings)) for name, settings in METHODS.items()}
+TAKEN = {
+    "ROME": "layer 4, ridge 0.001",
+    "MEMIT": "layers (4,), lambda 8000",
+    "AlphaEdit": "layers (4,), L2 120",
+    "GRACE": "layer 4, radius 0.5",
+    "WISE": "layer 3, shards of 25",
+    "FT": "layer 4, rate 0.002",
+    "LoRA": "layer 4, rate 0.005",
+}
 
 
 if __name__ == "__main__":

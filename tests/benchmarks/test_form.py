@@ -18,6 +18,9 @@ from benchmarks import (
     compose,
     corpus,
     deferral,
+    edit,
+    edits,
+    forget,
     library,
     links,
     merge,
@@ -80,6 +83,9 @@ TINY: dict[ModuleType, Any] = {
         gates=Gates(sequence_length=32, epochs=1),
     ),
     compose: replace(PARTS, held_out=100),
+    edit: edit.Size(seeds=(0,), participants=2, each=2, values=2, alone=1, text=40_000, wise=2, margins=(), people=5),
+    edits: edits.Size(seeds=(0,), edits=2, methods=("GRACE", "MEMIT"), people=5),
+    forget: forget.Size(people=4, splits={"forget25": 1}, seeds=(0,), epochs=1, world=500, methods=(forget.MOST,)),
     parity: replace(parity.SIZES["short"], grid=((2, "iid", ("data-parallel", "DiLoCo int4"), 2),)),
 }
 

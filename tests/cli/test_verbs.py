@@ -203,6 +203,7 @@ VERBS = {
         "--refusals",
         "--text",
         "--layers",
+        "--at",
         "--merge",
         "--refuse",
         "--epochs",

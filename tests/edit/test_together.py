@@ -517,7 +517,7 @@ def test_real_keys_of_four_participants_are_pooled(tmp_path: Path, monkeypatch: 
     for layer, parts in measured.items():
         k, r = torch.cat([key for key, _ in parts]), torch.cat([residual for _, residual in parts])
         assert len(k) == 12
-        expected = memit_update(r.T @ k, k.T @ k, moments[layer], 1.0)
+        expected = memit_update(r.T @ k, k.T @ k, moments[layer], editing.moment_weight)
         assert float((deltas[layer] - expected).norm() / expected.norm()) <= 1e-9
         free = null_space(moments[layer], 0.99)
         alpha = Editing.model_validate({"layers": (1,), "method": "alphaedit"})
@@ -525,7 +525,7 @@ def test_real_keys_of_four_participants_are_pooled(tmp_path: Path, monkeypatch: 
         one = update_of(alpha, r.T @ k, k.T @ k, moments[layer], past)
         parted = [edit_sums({layer: a}, {layer: b}) for a, b in parts]
         m = sum((part[f"{layer}.product"] for part in parted), torch.zeros(1))
-        assert float((alphaedit_update(m, k.T @ k, past, free, 0.05) - one).norm() / one.norm()) <= 1e-9
+        assert float((alphaedit_update(m, k.T @ k, past, free, alpha.null_weight) - one).norm() / one.norm()) <= 1e-9
         written = maps[layer].of(outcome.theta) - maps[layer].of(start)
         assert float((written - deltas[layer]).norm() / deltas[layer].norm()) <= 1e-5
 

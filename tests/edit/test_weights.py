@@ -14,7 +14,7 @@ from potluck.compose.base import Base
 from potluck.corpus.tokenizer import Vocabulary, vocabulary_from_words
 from potluck.corpus.world import documents_of
 from potluck.edit.closed_form import alphaedit_update, memit_update, null_space, rome_update, sums
-from potluck.edit.contexts import prompt_row
+from potluck.edit.contexts import keys_at, prompt_row
 from potluck.edit.facts import Edit
 from potluck.edit.layout import from_layer, layout_of
 from potluck.edit.moments import kept_moments, key_moments
@@ -130,6 +130,21 @@ def test_one_of_a_batch_is_as_if_never_made(base: Base) -> None:
     editor.write(edits())
     editor.revert(["3"])
     assert torch.allclose(editor.layout.weight(1), without, atol=1e-5)
+
+
+def test_what_is_held_is_moved_less(base: Base) -> None:
+    layout, hold = layout_of(base.model), edits()[3:]
+    keys = keys_at(base, layout, (1,), hold, ())[1]
+    original, moved = layout.weight(1).clone(), []
+    for held in ((), hold):
+        editor = weight_editor(
+            base, moments_of(base), WeightSettings(layers=(1,), moment_weight=1.0, values=QUICK), held
+        )
+        editor.write(edits()[:3])
+        moved.append(float(((layout.weight(1) - original).double() @ keys.T).norm()))
+        editor.revert([edit.id for edit in editor.edits])
+        assert torch.equal(layout.weight(1), original)
+    assert moved[1] < 0.7 * moved[0]
 
 
 def test_values_side_by_side_are_those_of_one_by_one(base: Base) -> None:

@@ -32,7 +32,7 @@ class GraceSettings:
         enough: A value whose loss is below it is left as it is.
     """
 
-    radius: float = 0.1
+    radius: float = 0.5
     steps: int = 60
     learning_rate: float = 0.5
     enough: float = 0.02

@@ -51,18 +51,18 @@ class WiseSettings:
         seed: Of masks, contexts and these texts.
     """
 
-    shard: int = 100
+    shard: int = 25
     density: float = 0.5
     mode: Literal["retrieve", "merge"] = "retrieve"
     inside: float = 1.0
     outside: float = 0.2
-    margin: float = 2.0
+    margin: float = 5.0
     steps: int = 60
     learning_rate: float = 1e-2
     enough: float = 0.02
     contexts: int = 1
-    quiet: int = 60
-    near: int = 2
+    quiet: int = 150
+    near: int = 4
     seed: int = 0
 
 
