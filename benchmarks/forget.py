@@ -154,9 +154,11 @@ def cases(size: Size, seed: int) -> list[tuple[str, Case]]:
     return found
 
 
-def learned(asset: Base, new: Sequence[Fact], known: Sequence[Fact], epochs: int, seed: int) -> Base:
+def learned(
+    asset: Base, new: Sequence[Fact], known: Sequence[Fact], epochs: int, seed: int, peak: float = 1e-3
+) -> Base:
     """A copy of the base that has learned further people, and has not forgotten its world."""
-    size, peak = 32, 1e-3
+    size = 32
     model = copy.deepcopy(asset.model)
     model.requires_grad_(True)
     rows, old = (question_rows(asset, of_world(some, told=4)) for some in (new, known))
