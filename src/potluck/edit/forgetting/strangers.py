@@ -26,7 +26,7 @@ from potluck.edit.forgetting.questions import Question, with_subjects
 from potluck.edit.layout import layout_of
 from potluck.edit.moments import moment_of
 from potluck.edit.names import stranger_names
-from potluck.edit.weights import add, held_keys
+from potluck.edit.weights import add
 
 
 @dataclass(frozen=True)
@@ -58,8 +58,7 @@ def estranged(
     """A copy of the model to which the subjects of what is to be forgotten are strangers.
 
     Args:
-        retain: Its answers stay, each as much as something is forgotten. From its questions names are made, and in
-            their beginnings subjects are met. May be empty.
+        retain: From its questions names are made, and in their beginnings subjects are met; may be empty.
         moments: Of text that shall stay as it is (`potluck.edit.moments`), measured on this model.
 
     Raises:
@@ -81,13 +80,11 @@ def estranged(
     z /= min(settings.count, len(names))
     before = contexts(base, settings.seed)
     none = torch.zeros(layout.d_in, layout.d_in, dtype=torch.float64)
-    held = held_keys(base, layers, asked_as_edits(others), settings.at)
     for place, layer in enumerate(layers):
         keys = keys_at(edited, layout, (layer,), met, before, settings.at)[layer]
         residuals = (z - hidden_at(edited, layout, layers[-1], met, settings.at)) / (len(layers) - place)
         free = null_space(moment_of(moments, moments.base_hash, layout, layer), settings.kept)
-        past = held.get(layer, none)
-        add(layout, layer, alphaedit_update(*sums(keys, residuals), past, free, settings.null_weight))
+        add(layout, layer, alphaedit_update(*sums(keys, residuals), none, free, settings.null_weight))
     return edited
 
 
