@@ -65,6 +65,7 @@ COMPARED = {  # method and setting, as `benchmarks._forget_grid` found
     "refusal, ft": ("refusal, ft", "layer 2, rate 0.0001"),
     "stranger": ("stranger", "layers (4,), L2 30"),
     REFUSING: (REFUSING, "layer 4, L2 30, then 300"),
+    "stranger more firmly, then refusal": (REFUSING, "layer 4, L2 10, then 300"),  # whose worse seed was best
 }
 
 

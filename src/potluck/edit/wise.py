@@ -224,7 +224,10 @@ def _near(edits: Sequence[Edit], count: int, seed: int) -> tuple[list[str], list
         Prompts to train on, and others, with names of their own, to put the threshold by.
     """
     asks, subjects = {edit.asks for edit in edits}, sorted({edit.subject for edit in edits})
-    invented = stranger_names(subjects, seed) if len(subjects) > 1 else []
+    try:
+        invented = stranger_names(subjects, seed)
+    except EditError:  # from so few names no other can be made
+        invented = []
     draw, half = random.Random(seed), len(invented) // 2
 
     def about(names: Sequence[str], each: int) -> list[str]:
