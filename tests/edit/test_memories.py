@@ -19,7 +19,7 @@ from potluck.edit.of_world import changed_world
 from potluck.edit.prompts import answers, logits_of, row, rows_of
 from potluck.edit.remembered import load_memory
 from potluck.edit.requests import Request, apply, revert
-from potluck.edit.wise import WiseMemory, WiseSettings, edit_with_wise, wise_memory
+from potluck.edit.wise import WiseMemory, WiseSettings, _near, edit_with_wise, wise_memory
 from potluck.edit.wise import without as without_in_shards
 from potluck.errors import EditError
 from potluck.models.memory import Shards
@@ -118,6 +118,10 @@ def test_what_is_taken_back_leaves_no_trace(base: Base, edits: list[Edit], side:
             missing()
     with pytest.raises(EditError, match="there is an edit 1 already"):
         edit_with_grace(base, book, edits[1:2])
+
+
+def test_of_one_name_alone_no_other_can_be_made(edits: list[Edit]) -> None:
+    assert _near(edits[:1], 4, 0) == ([], [])
 
 
 def test_the_shard_that_recognises_most_is_asked_from_then_on() -> None:
