@@ -1,7 +1,8 @@
 """WISE (arXiv 2405.14768): edits in side weights beside one map, at work only where a text asks for one of them.
 
 Edits are cut into shards, each with entries of its own to write to (knowledge sharding). Of a shard's Δ is asked that
-the targets follow where a prompt ends, that ``‖Δ x‖`` is large there and small on everything else. Three things differ
+the targets follow where a prompt ends, that ``‖Δ x‖`` is large there and small on everything else: on texts that the
+model writes, and on the same prompts about others, real and invented. Three things differ
 from the paper. Margins are in units of what the map gives on text that the model writes itself, and the threshold is
 put between both sides, so that nothing depends on the size of a model. Whether an edit is asked for is decided once,
 at a token, and held, for each text of a batch. And a shard is trained on all its edits together, with Adam: the
