@@ -94,7 +94,7 @@ def methods() -> dict[str, Settings]:
         for layers, weight in product(LAYERS, (1000.0, 3000.0, 8000.0))
     }
     found["refusal, wise"] = {
-        f"layer {layer}, margin {margin:g}": _refusing(_beside(layer, WiseSettings(margin=margin, quiet=150)))
+        f"layer {layer}, margin {margin:g}": _refusing(_beside(layer, WiseSettings(margin=margin)))
         for layer, margin in product((2, 3, 4), (2.0, 5.0, 10.0))
     }
     found["refusal, ft"] = {
