@@ -22,7 +22,7 @@ from potluck.records.folder import POOLED, Variant
 
 PACKAGES = ("stdlib", "torch", "transformers", "numpy", "sympy", "networkx", "pydantic", "pip")
 START_RATE = 4e-3  # the best of 2e-3, 4e-3, 8e-3 from random weights
-DATA_PARALLEL, DILOCO, STREAMING = "data-parallel", "DiLoCo", "Streaming DiLoCo, P = 5"
+DATA_PARALLEL, DILOCO, STREAMING = "data-parallel", "DiLoCo", "Streaming DiLoCo, P = 5, mixing 0"
 Table = dict[str, Any]
 
 
@@ -80,17 +80,26 @@ SPARSE = ({"kind": "block-top-k", "k": 64, "block": 4096}, {"kind": "quantize", 
 NESTEROV = {"kind": "nesterov", "learning_rate": 0.5, "momentum": 0.5}
 SPARSELOCO = ({"kind": "error-feedback", "decay": 0.95}, *SPARSE)
 LOW_RANK = ({"kind": "error-feedback"}, {"kind": "low-rank", "rank": 8}, INT4)
-METHODS: dict[str, Method] = {
+INT4_DOWN = {"kind": "quantized", "bits": 4, "block": 64}
+DELTA = {"kind": "delta"}
+METHODS: dict[str, Method] = {  # the way down is fp32 unless the name says otherwise
     DATA_PARALLEL: Method(every_step=True),
     "FedAvg": Method(outer={"kind": "sgd"}),
     DILOCO: Method(outer=NESTEROV),
     "DiLoCo int8": Method(outer=NESTEROV, links=(INT8,)),
     "DiLoCo int4": Method(outer=NESTEROV, links=(INT4,)),
+    "DiLoCo int4 both ways": Method(outer=NESTEROV, links=(INT4,), download=INT4_DOWN),
     STREAMING: Method(outer=NESTEROV, fragments=5, mixing=0.0),
+    "Streaming DiLoCo, P = 5, mixing 0.5": Method(outer=NESTEROV, fragments=5, mixing=0.5),
     "SparseLoCo": Method(outer={"kind": "sgd"}, links=SPARSELOCO),
-    "SparseLoCo, 1.5 times the tokens": Method(outer={"kind": "sgd"}, links=SPARSELOCO, tokens=1.5),
+    "SparseLoCo, delta down, 1.5 times the tokens": Method(
+        outer={"kind": "sgd"}, links=SPARSELOCO, download=DELTA, tokens=1.5
+    ),
     "PowerSGD int4": Method(outer=NESTEROV, links=LOW_RANK),
     "DiLoCo, 20H, twice the tokens": Method(outer=NESTEROV, period=20, tokens=2),
+    "DiLoCo int4 both ways, 20H, twice the tokens": Method(
+        outer=NESTEROV, links=(INT4,), download=INT4_DOWN, period=20, tokens=2
+    ),
 }
 
 
@@ -106,11 +115,14 @@ class Case:
 
 @dataclass(frozen=True, kw_only=True)
 class Outcome:
-    """What came of a case.
+    """What came of a case. Bytes are of one participant, the mean of all, of everything that travels.
 
     Attributes:
-        curve: After each evaluation (tokens so far, nats per byte of held-out text, bytes sent by one participant).
-        up_bytes, down_bytes: Of one participant over the whole run, as messages; for data-parallel 4 N a step.
+        curve: After each evaluation (tokens so far, nats per byte of held-out text, bytes sent and received).
+        up_bytes, down_bytes: Sent and received over the whole run, set-up included.
+        setup_bytes: Of these, what travels before the first local step: initial state, tokenizer, recipe.
+        warm_bytes: What the participants would have sent and received had they made the model that a case begins
+            from by data-parallel training; 0 from random weights. Not part of the others.
         peak_bytes: The largest update.
     """
 
@@ -120,6 +132,8 @@ class Outcome:
     curve: list[tuple[int, float, int]]
     up_bytes: int
     down_bytes: int
+    setup_bytes: int
+    warm_bytes: int
     peak_bytes: int
     seconds: float
     state_hash: str
@@ -129,16 +143,21 @@ class Outcome:
     def loss(self) -> float:
         return self.curve[-1][1]
 
+    @property
+    def total_bytes(self) -> int:
+        """Sent and received over the whole run."""
+        return self.up_bytes + self.down_bytes
+
     def bytes_to(self, loss: float) -> int | None:
-        """Bytes that a participant has sent when the loss is first reached."""
-        return next((sent for _, reached, sent in self.curve if reached <= loss), None)
+        """Bytes that a participant has sent and received when the loss is first reached."""
+        return next((moved for _, reached, moved in self.curve if reached <= loss), None)
 
 
 def recipe_of(size: Size, case: Case, folder: Path) -> Recipe:
     """The recipe of a case; a data-parallel one is the recipe whose pooled run it is."""
     method = METHODS[case.method]
     steps = max(1, round(size.period * method.period / method.fragments))
-    rounds = round(size.period * size.rounds * method.tokens / steps)
+    rounds = max(1, round(size.period * size.rounds * method.tokens / steps))
     streaming = {"kind": "streaming", "fragments": method.fragments, "overlap": method.overlap, "mixing": method.mixing}
     return parse_recipe(
         {
@@ -232,32 +251,53 @@ def run_case(size: Size, case: Case, folder: Path) -> Outcome:
     with tempfile.TemporaryDirectory() as scratch:
         run = embedded_run(workplace, variant, Path(scratch), recipe, (told.append,))
         run.finish(lambda: False)
-    return _outcome(case, recipe, told, time.monotonic() - began)
+    told_first = len(workplace.corpus.vocabulary.tokenizer.to_str().encode()) + len(recipe.model_dump_json().encode())
+    return outcome_of(case, recipe, told, told_first, size.start_steps, time.monotonic() - began)
 
 
-def _outcome(case: Case, recipe: Recipe, told: Sequence[Event], seconds: float) -> Outcome:
-    """Read the events: bytes are those of one participant, the mean of all."""
-    every_step = METHODS[case.method].every_step
+def outcome_of(
+    case: Case, recipe: Recipe, told: Sequence[Event], told_first: int, start_steps: int, seconds: float
+) -> Outcome:
+    """Read the events.
+
+    The events count what was serialised, both ways, for contributions and for evaluations; the first evaluation brings
+    the initial state. Data-parallel training is a ring all-reduce of fp32 gradients, as PyTorch's DDP over gloo does
+    it: in each step a participant sends ``2 (M - 1) / M x 4 N`` bytes and receives as many, and before the first step
+    it receives ``4 N``. What it costs to evaluate it is not counted.
+
+    Args:
+        told: All events of the run.
+        told_first: Bytes of tokenizer and recipe, which everybody is told before anything else.
+        start_steps: Steps behind the model that the case begins from.
+    """
+    every_step, parties = METHODS[case.method].every_step, case.participants
     started = next(event for event in told if event["event"] == "run_started")
-    tokens = recipe.tokens_per_step * recipe.local_steps * case.participants
-    ring = 2 * (case.participants - 1) * 4 * started["parameters"]  # of all, in each step of PyTorch's DDP over gloo
-    sent = down = peak = 0
+    tokens = recipe.tokens_per_step * recipe.local_steps * parties
+    ring = 2 * (parties - 1) * 4 * started["parameters"]  # of all participants together in a step, one way
+    sent, received = 0, parties * (told_first + every_step * 4 * started["parameters"])
+    setup = peak = 0
     curve = []
     for event in told:
         if event["event"] == "contribution":
             sent += ring * recipe.local_steps if every_step else event["up_bytes"]
-            down += ring * recipe.local_steps if every_step else event["down_bytes"]
-            peak = max(peak, ring // case.participants if every_step else event["up_bytes"])
+            received += ring * recipe.local_steps if every_step else event["down_bytes"]
+            peak = max(peak, ring // parties if every_step else event["up_bytes"])
         elif event["event"] == "evaluation":
+            if not every_step:
+                sent += sum(transfer["up_bytes"] for transfer in event["transfers"].values())
+                received += sum(transfer["down_bytes"] for transfer in event["transfers"].values())
+            setup = setup or (sent + received) // parties
             union = event["union"]
-            curve.append((event["round"] * tokens, union["nats"] / union["bytes"], sent // case.participants))
+            curve.append((event["round"] * tokens, union["nats"] / union["bytes"], (sent + received) // parties))
     return Outcome(
         case=case,
         parameters=started["parameters"],
         steps=recipe.total_local_steps,
         curve=curve,
-        up_bytes=sent // case.participants,
-        down_bytes=down // case.participants,
+        up_bytes=sent // parties,
+        down_bytes=received // parties,
+        setup_bytes=setup,
+        warm_bytes=2 * start_steps * ring // parties,
         peak_bytes=peak,
         seconds=seconds,
         state_hash=next(event["state_hash"] for event in told if event["event"] == "run_finished"),
@@ -273,8 +313,8 @@ SIZES = {
     "short": Size(
         batch=4,
         length=16,
-        period=4,
-        rounds=5,
+        period=10,
+        rounds=10,
         evaluations=2,
         warmup_steps=2,
         text_bytes=60_000,

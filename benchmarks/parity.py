@@ -2,7 +2,9 @@
 
 Every case trains the same network from the same weights on the same text with as many tokens; what differs is who
 computes what, and what travels. Data-parallel training is the pooled run: each step averages the gradients of a batch
-from every participant, and its bytes are those of PyTorch's DDP, at least 4 N a step and participant.
+from every participant, and its bytes are those of a ring all-reduce in fp32. Bytes are counted both ways, with
+everything that travels before the first step, and once more with the steps behind the model that all cases go on from,
+as if the participants had made it by data-parallel training.
 
 Finished cases are kept in ``--keep FOLDER``, so that a long campaign may be cut and go on; ``--cases`` runs part of
 it, ``--table`` only tells what is there. ``--preset 35m`` is the form for a GPU. ``--peers`` needs ``make peers``.
@@ -64,12 +66,14 @@ def _name(case: Case) -> str:
 
 @dataclass(frozen=True, kw_only=True)
 class Row:
-    """One method in one setting over its seeds.
+    """One method in one setting over its seeds. Bytes are those that one participant sends and receives.
 
     Attributes:
         gaps: For each seed, loss over that of data-parallel training from the same weights, minus 1.
-        savings: For each seed, bytes that data-parallel training has sent when it reaches its final loss + 1%, over
-            those of the method when it does; ``None`` where it does not.
+        whole: For each seed, bytes of the whole data-parallel run over those of the method's.
+        savings: For each seed, bytes of data-parallel training when it first reaches its final loss + 1%, over those of
+            the method when it does; ``None`` where it does not.
+        warm_savings: The same, with the bytes of the model that both begin from on both sides.
     """
 
     participants: int
@@ -77,8 +81,12 @@ class Row:
     method: str
     losses: list[float]
     gaps: list[float]
+    whole: list[float]
     savings: list[float | None]
+    warm_savings: list[float | None]
     up_bytes: float
+    down_bytes: float
+    setup_bytes: float
     peak_share: float
 
 
@@ -99,36 +107,51 @@ def rows_of(found: Sequence[Outcome]) -> list[Row]:
                 method=method,
                 losses=[o.loss for o in own],
                 gaps=[o.loss / b.loss - 1 for o, b in beside],
+                whole=[b.total_bytes / o.total_bytes for o, b in beside],
                 savings=[_saving(o, b) for o, b in beside],
+                warm_savings=[_saving(o, b, b.warm_bytes) for o, b in beside],
                 up_bytes=statistics.mean(o.up_bytes for o in own),
+                down_bytes=statistics.mean(o.down_bytes for o in own),
+                setup_bytes=statistics.mean(o.setup_bytes for o in own),
                 peak_share=max(o.peak_bytes / (4 * o.parameters) for o in own),
             )
         )
     return rows
 
 
-def _saving(outcome: Outcome, base: Outcome) -> float | None:
+def _saving(outcome: Outcome, base: Outcome, before: int = 0) -> float | None:
     target = 1.01 * base.loss
     ours, theirs = outcome.bytes_to(target), base.bytes_to(target)
-    return None if ours is None or theirs is None else theirs / ours
+    return None if ours is None or theirs is None else (before + theirs) / (before + ours)
 
 
 def markdown(rows: Sequence[Row]) -> str:
     """The table for people."""
     lines = [
-        "| M | text | method | seeds | loss, nats per byte | over data-parallel | sent by one | fewer bytes to +1% |",
-        "|---|---|---|---|---|---|---|---|",
+        "| M | text | method | seeds | loss, nats per byte | over data-parallel | sent + received by one "
+        "| of it set-up | fewer bytes, whole run | to +1%, from the warm model | to +1%, with the warm start |",
+        "|---|---|---|---|---|---|---|---|---|---|---|",
     ]
     for row in rows:
-        reached = [saving for saving in row.savings if saving is not None]
-        fewer = f"{statistics.median(reached):,.0f}x" if reached else "-"
-        if len(reached) < len(row.savings):
-            fewer += f" ({len(reached)} of {len(row.savings)} reach it)"
         lines.append(
             f"| {row.participants} | {row.split} | {row.method} | {len(row.losses)} | {_spread(row.losses, '{:.4f}')} "
-            f"| {_spread([100 * gap for gap in row.gaps], '{:+.2f}')}% | {row.up_bytes / 1e6:,.3f} MB | {fewer} |"
+            f"| {_spread([100 * gap for gap in row.gaps], '{:+.2f}')}% "
+            f"| {row.up_bytes / 1e6:,.2f} + {row.down_bytes / 1e6:,.2f} MB | {row.setup_bytes / 1e6:,.2f} MB "
+            f"| {_fewer(row.whole)} | {_fewer(row.savings)} | {_fewer(row.warm_savings)} |"
         )
     return "\n".join(lines)
+
+
+def _fewer(savings: Sequence[float | None]) -> str:
+    """Median and range of the seeds that come so far, and how many do."""
+    reached = sorted(saving for saving in savings if saving is not None)
+    if not reached:
+        return f"- (0 of {len(savings)} reach it)"
+    shown = [f"{saving:,.0f}" if saving >= 100 else f"{saving:.3g}" for saving in reached]
+    text = f"{statistics.median(reached):,.0f}x" if reached[0] >= 100 else f"{statistics.median(reached):.3g}x"
+    if shown[0] != shown[-1]:
+        text += f" ({shown[0]} to {shown[-1]})"
+    return text if len(reached) == len(savings) else f"{text} ({len(reached)} of {len(savings)} reach it)"
 
 
 def _spread(values: Sequence[float], form: str) -> str:
@@ -155,8 +178,12 @@ def judged(found: Sequence[Outcome], peers: Sequence[Measurement]) -> list[Measu
         gaps = [100 * gap for gap in row.gaps]
         if row.method != DATA_PARALLEL:
             results.append(measured(f"{where}: loss over data-parallel", gaps, "%"))
-        reached = [saving for saving in row.savings if saving is not None]
-        results.append(measured(f"{where}: fewer bytes to data-parallel loss + 1%", reached, "x"))
+        for what, savings in (
+            ("fewer bytes, whole run", row.whole),
+            ("fewer bytes to data-parallel loss + 1%, from the warm model", row.savings),
+            ("fewer bytes to data-parallel loss + 1%, with the warm start", row.warm_savings),
+        ):
+            results.append(measured(f"{where}: {what}", [saving for saving in savings if saving is not None], "x"))
     return [*results, *(_claims(found, rows) if claims else []), *peers]
 
 
