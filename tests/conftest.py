@@ -89,6 +89,7 @@ class Process:
         number = len(list(folder.glob("*.out")))
         self.out, self.err = folder / f"{number}.out", folder / f"{number}.err"
         self.out.touch()
+        self.err.touch()
         self._ended: Outcome | None = None
         self.pid = os.fork()
         if self.pid == 0:

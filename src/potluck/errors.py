@@ -15,6 +15,8 @@
     ├── MissingExtra       10   an optional library is not installed
     ├── EngineError        11   the message server cannot be reached, or does not do what it should
     │   ├── Refused             the server does not let this key do that
+    │   ├── AlreadyServed       another process takes part under this name
+    │   ├── Outrun              something else was stored first
     │   ├── Missing             a part of a blob is not, or not yet, there
     │   └── Damaged             what came is not what was announced
     ├── InviteError        12   an invite or a key cannot be used
@@ -103,6 +105,14 @@ class EngineError(PotluckError):
 
 class Refused(EngineError):
     """The message server does not let this key do that."""
+
+
+class AlreadyServed(EngineError):
+    """Another process takes part under this participant's name."""
+
+
+class Outrun(EngineError):
+    """Something else was stored under a subject since it was last read."""
 
 
 class Missing(EngineError):

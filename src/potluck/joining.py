@@ -36,7 +36,7 @@ from potluck.edit.together.claims import read_secret
 from potluck.embedded import batches_of, environment, fragments_in, holding_facts, site_in
 from potluck.engine.nats.coordinator import Post
 from potluck.engine.nats.site import Received, Site, read_about
-from potluck.errors import EngineError, Interrupted, ModelError, PolicyError, PotluckError, TrainingError
+from potluck.errors import AlreadyServed, EngineError, Interrupted, ModelError, PolicyError, PotluckError, TrainingError
 from potluck.local.network import Network, device_named, place
 from potluck.local.optimizers import InnerOptimizer
 from potluck.local_state import LocalState, new_state
@@ -145,6 +145,8 @@ def attend(joined: Joined) -> dict[str, Any]:
         try:
             site.say(status="left", task="")
             site.sign_of_life()
+        except AlreadyServed:
+            pass  # another process goes on under this name
         except PotluckError:
             joined.journal("could not say goodbye: the server is away")
         site.close()

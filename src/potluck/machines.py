@@ -13,6 +13,7 @@ from rich.console import Console
 from potluck.asking import Asks, local_recipe, refusals
 from potluck.commands import close_run, resumable
 from potluck.engine.nats.blobs import Blobs, JetStreamBlobs
+from potluck.engine.nats.claim import session_of
 from potluck.engine.nats.connection import Access, Connection, access_of
 from potluck.engine.nats.coordinator import Post
 from potluck.engine.nats.identity import Invite, load_invite, public_key, read_or_make_seed
@@ -88,8 +89,8 @@ def _hosted(
         folder_in = folder / "host" / "incoming"
         post = Post(connection, premises.names, premises.seed, premises.keys, blobs, codec, folder_in)
         _tell_how_to_join(premises, recipe, console)
-        pending: list[tuple[str, str]] = []
-        engine = left.enter_context(closing(start_engine(recipe, post, lambda who, why: pending.append((who, why)))))
+        refusals = _Refusals(journal)
+        engine = left.enter_context(closing(start_engine(recipe, post, refusals.add)))
         hosted = gather(recipe, engine, post, folder, journal, stopping)
         checkpoint = newest_checkpoint(folder)
         past = history(folder, checkpoint)
@@ -106,16 +107,30 @@ def _hosted(
                 checkpoint,
             )
             del checkpoint, past
-            engine.refused = lambda who, why: _refused(run, journal, who, why)
-            for refusal in pending:
-                engine.refused(*refusal)
+            refusals.log_in(run)
             run.finish(stopping)
             engine.end("the run is finished", END_SECONDS)
 
 
-def _refused(run: Run, journal: Journal, who: str, why: str) -> None:
-    run.log.write("refused", participant=who, reason=why[:500])
-    journal(f"refused: {who}: {why}", participant=who)
+class _Refusals:
+    """What did not come to count: said at once, and written into the run's log as soon as there is one."""
+
+    def __init__(self, journal: Journal) -> None:
+        self._journal = journal
+        self._run: Run | None = None
+        self._waiting: list[tuple[str, str]] = []
+
+    def add(self, who: str, why: str) -> None:
+        self._journal(f"refused: {who}: {why}", participant=who)
+        self._waiting.append((who, why[:500]))
+        if self._run is not None:
+            self.log_in(self._run)
+
+    def log_in(self, run: Run) -> None:
+        self._run = run
+        for who, why in self._waiting:
+            run.log.write("refused", participant=who, reason=why)
+        self._waiting.clear()
 
 
 def join(url: str | None, invite_path: Path, part: Part, options: Joining, console: Console) -> Result:
@@ -136,7 +151,7 @@ def join(url: str | None, invite_path: Path, part: Part, options: Joining, conso
             assert isinstance(recipe.engine, Nats)
             _agree(asks, part, invite, options, console)
             post = replace(post, blobs=_blobs(recipe, connection, names, journal))
-            site = Site(post, invite.participant, recipe.engine, journal)
+            site = Site(post, invite.participant, recipe.engine, journal, session_of(folder), stopping)
             mine = local_recipe(recipe, invite.participant, part, str(folder / "shards"))
             own = None if part.predicts_with is None else Path(part.predicts_with)
             secret = None if part.edit_secret is None else Path(part.edit_secret)

@@ -184,3 +184,35 @@ def test_own_keys_and_rotation(potluck: Potluck, tables: Tables, sources: dict[s
     joined += [hosted.join(name, sources[name]) for name in ("bob", "eve")]
     assert hosted.coordinator.wait().code == 0, hosted.said()
     assert all(process.wait(20).code == 0 for process in joined)
+
+
+def test_one_invite_is_served_by_one_process(
+    potluck: Potluck, tables: Tables, sources: dict[str, Any], tmp_path: Path, events: Callable[..., Any]
+) -> None:
+    """A second one is refused and everybody is told; it takes over when the first has gone."""
+    people = [p for p in tables["participants"] if p["name"] != "eve"]
+    recipe = potluck.recipe(
+        {**tables, "participants": people},
+        rounds={"count": 3, "local_steps": 2},
+        engine={"kind": "nats", "heartbeat": 0.2, "silence": 2.0},
+    )
+    hosted = Hosted(potluck, recipe, tmp_path / "run")
+    first = hosted.join("ada", sources["ada"])
+    hosted.until(lambda: "ready" in first.err.read_text())
+
+    elsewhere = ("--invite", hosted.invite("ada"), "--data", sources["ada"]["path"], "--folder", tmp_path / "elsewhere")
+    second = potluck("join", *elsewhere, "--json", code=11).result
+    assert "takes part already, from another machine" in second["error"] and "one machine" in second["hint"]
+    hosted.until(lambda: "another process tried to take part as ada" in first.err.read_text())
+    hosted.until(lambda: "another process with the same invite" in hosted.said())
+
+    first.signal(signal.SIGSTOP)  # as when a machine sleeps
+    other = potluck.start("join", *elsewhere, "--json")
+    hosted.until(lambda: "ready" in other.err.read_text())
+    first.signal(signal.SIGCONT)
+    assert "another process has taken over" in first.wait(20).result["error"] and first.wait().code == 11
+    bob = hosted.join("bob", sources["bob"])
+    assert hosted.coordinator.wait().code == 0, hosted.said()
+    assert [p.wait(20).result["ended"] for p in (other, bob)] == ["the run is finished"] * 2
+    told = events(tmp_path / "run", "contribution")
+    assert [e["cursor"] for e in told if e["participant"] == "ada"] == [4, 8, 12] and len(told) == 6

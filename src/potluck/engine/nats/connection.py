@@ -24,7 +24,7 @@ from nats.aio.subscription import Subscription
 
 from potluck.engine.nats.identity import Invite, tls_context
 from potluck.engine.nats.subjects import Names
-from potluck.errors import EngineError, Refused, StorageError
+from potluck.errors import EngineError, Outrun, Refused, StorageError
 
 logging.getLogger("asyncio").addFilter(lambda record: "eof_received" not in record.getMessage())  # nats-py with TLS
 PING_SECONDS = 5
@@ -32,6 +32,7 @@ CONNECT_SECONDS = 5.0
 ANSWER_SECONDS = 5.0
 WORKING_SECONDS = 3.0
 _STORE_IS_FULL = (10023, 10047, 10077)  # JetStream's codes for no room in account, server or stream
+_WRONG_LAST_SEQUENCE = (10071, 10164)
 T = TypeVar("T")
 
 
@@ -153,21 +154,27 @@ class Connection:
         if not self._loop.is_running():
             self._loop.close()
 
-    def store(self, subject: str, data: bytes, patience: float = 60.0) -> None:
-        """Put a message into a stream, and wait until the server has it.
+    def store(self, subject: str, data: bytes, patience: float = 60.0, after: int | None = None) -> int:
+        """Put a message into a stream, and wait until the server has it; its sequence number there.
+
+        Args:
+            after: Only if the subject's last message has this sequence number; 0 if it has none.
 
         Raises:
+            Outrun: It has another.
             StorageError: The stream or the server's disk stayed full.
             Refused: This key may not.
             EngineError: The server did not take it in time.
         """
         until = time.monotonic() + patience
         once = {"Nats-Msg-Id": secrets.token_hex(12)}  # however often it is sent, it is stored once
+        if after is not None:
+            once["Nats-Expected-Last-Subject-Sequence"] = str(after)
         while True:
             try:
                 answer = json.loads(self._request(subject, data, until - time.monotonic(), once).data)
                 _check(answer, f"storing {subject}")
-                return
+                return int(answer["seq"])
             except StorageError:
                 if time.monotonic() > until:
                     raise
@@ -351,4 +358,4 @@ def _check(answer: Any, what: str) -> None:
     text = f"{what}: {error.get('description', 'an error')}"
     if error.get("err_code") in _STORE_IS_FULL:
         raise StorageError(f"the message server's store is full ({text})", "give it more disk, or raise engine.storage")
-    raise EngineError(text)
+    raise Outrun(text) if error.get("err_code") in _WRONG_LAST_SEQUENCE else EngineError(text)

@@ -82,6 +82,7 @@ class NatsEngine:
         self.progress: dict[str, Any] = {}
         self._early: dict[ParticipantId, tuple[str, Frame]] = {}
         self._answered: set[Key] = set()
+        self._contested: set[ParticipantId] = set()  # told of already
         self._open: set[TaskId] = set()  # sent, and their reply neither received nor cancelled
         self._states: dict[str, set[TaskId]] = {}  # what needs each state
         self._stored: set[str] = set()  # states that are there, or on their way
@@ -381,6 +382,9 @@ class NatsEngine:
                 continue  # the server is away; the connection says so itself
             with self._lock:
                 gone = [sent for (name, _), sent in self._under_way.items() if self.members.gone(name, LEAVE_SECONDS)]
+            for name in self.members.contested() - self._contested:
+                self._contested.add(name)
+                self._inbox.put((name, "another process with the same invite tried to take part, and was refused"))
             for sent in gone:
                 self._forget_tasks(self._post.names.task(sent.to))  # when it comes back, the next round is its first
                 with self._lock:

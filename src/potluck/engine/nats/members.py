@@ -10,6 +10,7 @@ from datetime import UTC, datetime
 from typing import Any, Literal
 
 from potluck.contribution import ParticipantId
+from potluck.engine.nats.claim import REFUSED
 from potluck.engine.nats.connection import Connection
 from potluck.engine.nats.subjects import Names
 
@@ -72,7 +73,7 @@ class Members:
                 said = json.loads(data)
             except ValueError:
                 continue
-            if isinstance(said, dict):
+            if isinstance(said, dict) and said.get("status") != REFUSED:  # of a process that may not serve
                 age = 0.0 if member.revision else _age(headers.get("Nats-Time-Stamp", ""))
                 member.said, member.revision, member.seen = said, revision, time.monotonic() - age
 
@@ -98,6 +99,10 @@ class Members:
     def gone(self, name: ParticipantId, seconds: float) -> bool:
         """Whether a participant said goodbye, so long ago."""
         return self.presence(name) == "left" and time.monotonic() - self.of[name].seen > seconds
+
+    def contested(self) -> set[ParticipantId]:
+        """Participants who say that others with their invite were refused."""
+        return {name for name, member in self.of.items() if member.said.get("refused") not in (None, 0)}
 
     def facts(self, name: ParticipantId) -> dict[str, Any]:
         """What ``potluck status`` shows of one."""

@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
-import json
 import threading
-import uuid
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from potluck.contribution import Contribution, Packed, Task
+from potluck.engine.nats.claim import Claim
 from potluck.engine.nats.connection import Delivery
 from potluck.engine.nats.coordinator import END, Post
 from potluck.engine.nats.frames import Frame, read_frame, signed
 from potluck.engine.nats.subjects import COORDINATOR, token
-from potluck.errors import EngineError, PotluckError
+from potluck.errors import AlreadyServed, EngineError, PotluckError
 from potluck.recipe.engine import Nats
 
 MAX_VOCABULARY_BYTES = 1 << 27
@@ -66,11 +65,26 @@ class Site:
         name: Whose site it is.
         settings: The recipe's engine table.
         told: Told what a person should know, in words for a log.
+        session: Of the folder with the participant's state, see `potluck.engine.nats.claim`.
+        stop: Whether to wait no longer for another process to be gone.
+
+    Raises:
+        AlreadyServed: Another process serves under this name.
     """
 
-    def __init__(self, post: Post, name: str, settings: Nats, told: Callable[[str], None]) -> None:
+    def __init__(
+        self,
+        post: Post,
+        name: str,
+        settings: Nats,
+        told: Callable[[str], None],
+        session: str = "",
+        stop: Callable[[], bool] = lambda: False,
+    ) -> None:
         self.post, self.name, self._settings, self._told = post, name, settings, told
-        self._said: dict[str, Any] = {"session": uuid.uuid4().hex[:12]}
+        self._said: dict[str, Any] = {}
+        self._claim = Claim(post.connection, post.names, name, session, settings.silence)
+        self._claim.make(stop, told)
         self._over = threading.Event()
         self._changed = threading.Event()
         threading.Thread(target=self._beat, name="potluck-heartbeat", daemon=True).start()
@@ -81,7 +95,18 @@ class Site:
         self._changed.set()
 
     def next(self, wait: float) -> Received | None:
-        """The next task, if one comes within ``wait`` seconds."""
+        """The next task, if one comes within ``wait`` seconds.
+
+        Raises:
+            AlreadyServed: Another process has taken over.
+        """
+        if self._claim.lost or self._claim.stale:
+            try:
+                self.sign_of_life()
+            except AlreadyServed:
+                raise
+            except EngineError:
+                return None  # the server is away
         names = self.post.names
         delivery = self.post.connection.take(names.next(names.tasks, token(self.name)), wait)
         if delivery is None:
@@ -156,10 +181,13 @@ class Site:
         """Send one now.
 
         Raises:
+            AlreadyServed: Another process has taken over.
             EngineError: The server is away.
         """
-        data = json.dumps(self._said).encode()
-        self.post.connection.store(self.post.names.member(self.name), data, patience=5.0)
+        refused = self._claim.refused
+        self._claim.renew(self._said, patience=5.0)
+        if self._claim.refused > refused:
+            self._told(f"another process tried to take part as {self.name}, and was refused: who else has its invite?")
 
     def _beat(self) -> None:
         while not self._over.is_set():

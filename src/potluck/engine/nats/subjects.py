@@ -108,12 +108,13 @@ def participant_of(subject: str) -> ParticipantId:
 
 
 def participant_permissions(names: Names, name: ParticipantId) -> Permissions:
-    """A participant: its own queue, replies, uploads and value; and to read what is for all."""
+    """A participant: its own queue, replies, uploads and value, which it may read; and to read what is for all."""
     return Permissions(
         publish=(
             names.reply(name),
             names.upload(name, ">"),
             names.member(name),
+            names.direct(f"KV_{names.members}", names.member(name)),
             names.next(names.tasks, token(name)),
             f"$JS.ACK.{names.tasks}.{token(name)}.>",
             names.direct(names.states, names.state(">")),
