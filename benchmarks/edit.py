@@ -39,13 +39,12 @@ from potluck.compose.merging.rules import Ties, merged
 from potluck.corpus.world import documents_of
 from potluck.edit.closed_form import alphaedit_update, memit_update, null_space, sums
 from potluck.edit.contexts import contexts, hidden_at, keys_at
-from potluck.edit.evaluation import answers_before, score_edits
+from potluck.edit.evaluation import Before, answered, answers_before, score_edits, unchanged
 from potluck.edit.facts import Edit, write_edits
 from potluck.edit.layout import Layout, layout_of
 from potluck.edit.memories import attached
 from potluck.edit.moments import key_moments, moment_of
 from potluck.edit.of_world import changed_world
-from potluck.edit.prompts import answers
 from potluck.edit.values import ValueSettings, targets
 from potluck.edit.weights import WeightSettings, add, put, weight_editor
 from potluck.edit.wise import WiseSettings, edit_with_wise, wise_memory
@@ -131,14 +130,14 @@ def _judge_together(
         return alphaedit_update(m, g, torch.zeros_like(g), free[layer], settings.null_weight)
 
     scene = _Scene(base, layout, settings, list(zip(shares, z, strict=True)), before, originals)
-    unedited = answers(base, [p for edit in everybody for p in edit.neighbours])
+    unedited = answers_before(base, everybody)
     _judge(found, "memit", memit, scene, unedited)
     _judge(found, "alphaedit", alphaedit, scene, unedited)
     few = [(edit, value) for share, own in scene.parts for edit, value in zip(share, own, strict=True)][::_HELD_BY]
     held = [[few[j] for j in range(len(few)) if (i - j) % len(shares) < _HELD_BY] for i in range(len(shares))]
     once = replace(scene, parts=[_part(few)])
     often = replace(scene, parts=[_part(part) for part in held])
-    unedited = answers(base, [p for edit in once.edits for p in edit.neighbours])
+    unedited = answers_before(base, once.edits)
     _judge_often(found, "memit", memit, once, often, unedited)
     _judge_often(found, "alphaedit", alphaedit, once, often, unedited)
 
@@ -184,12 +183,13 @@ class _Scene:
         for layer, value in self.originals.items():
             put(self.layout, layer, value)
 
-    def score(self, unedited: Sequence[str]) -> float:
+    def score(self, unedited: Before) -> float:
         """Harmonic mean of reliability, rephrase and locality, in percent."""
         told = [(edit.prompt, edit.target) for edit in self.edits]
         rephrased = [(prompt, edit.target) for edit in self.edits for prompt in edit.rephrases]
-        kept = list(zip([p for edit in self.edits for p in edit.neighbours], unedited, strict=True))
-        return 100 * harmonic_mean([_right(self.base, asked) for asked in (told, rephrased, kept)])
+        kept = unchanged(self.base, self.edits, unedited, answers_before(self.base, self.edits))
+        shares = [answered(self.base, asked).begins for asked in (told, rephrased)] + [kept.begins]
+        return 100 * harmonic_mean([sum(share) / len(share) for share in shares])
 
 
 def _judge(
@@ -197,7 +197,7 @@ def _judge(
     method: str,
     solve: Callable[[Tensor, Tensor, int], Tensor],
     scene: _Scene,
-    unedited: Sequence[str],
+    unedited: Before,
 ) -> None:
     def together(dtype: torch.dtype) -> Rule:
         def rule(parts: Sequence[Sums], layer: int) -> Tensor:
@@ -225,7 +225,7 @@ def _judge_often(
     solve: Callable[[Tensor, Tensor, int], Tensor],
     once: _Scene,
     often: _Scene,
-    unedited: Sequence[str],
+    unedited: Before,
 ) -> None:
     """Each edit is at several participants: made once, or as often as it is there."""
     once.deltas(lambda parts, layer: solve(*parts[0], layer))
@@ -247,11 +247,6 @@ NAIVE: dict[str, Callable[[Tensor], Tensor]] = {
     "sum": lambda stack: stack.sum(0),
     "ties": lambda stack: merged(Ties(density=0.2), "w", torch.ones(len(stack)), stack.float()).double(),
 }
-
-
-def _right(base: Base, asked: Sequence[tuple[str, str]]) -> float:
-    said = answers(base, [prompt for prompt, _ in asked])
-    return sum(a == answer for a, (_, answer) in zip(said, asked, strict=True)) / len(asked)
 
 
 def _memit(base: Base, moments: Statistics, edits: Sequence[Edit], at_once: int = 0) -> None:

@@ -31,7 +31,7 @@ from benchmarks.forget import learned
 from potluck.aggregation.statistics import Statistics
 from potluck.compose.base import Base, load_base
 from potluck.corpus.world import documents_of, facts
-from potluck.edit.evaluation import Before, answers_before, as_percent, score_edits
+from potluck.edit.evaluation import Before, answered, answers_before, as_percent, score_edits
 from potluck.edit.facts import Edit
 from potluck.edit.grace import GraceSettings, grace_memory
 from potluck.edit.kept import save_model
@@ -39,7 +39,6 @@ from potluck.edit.layout import layout_of
 from potluck.edit.memories import attached, save_with_memory
 from potluck.edit.moments import key_moments
 from potluck.edit.of_world import changed_world
-from potluck.edit.prompts import answers
 from potluck.edit.remembered import Memory, with_edits
 from potluck.edit.tuning import Tuning, fine_tune
 from potluck.edit.weights import WeightSettings, weight_editor
@@ -129,13 +128,11 @@ def later(base: Base, memory: Memory | None, edits: Sequence[Edit], before: Befo
         further = learned(base, facts(40, first=PEOPLE), stays, 1, seed, rate)
         with _at_work(further, memory):
             trained = score_edits(further, edits, before)
-            said = answers(further, [fact.told[0] for fact in untouched])
+            said = answered(further, [(fact.told[0], fact.value) for fact in untouched])
         found |= {
             f"a round at {rate:g}, reliability": 100 * trained.reliability,
             f"a round at {rate:g}, score": 100 * trained.score,
-            f"a round at {rate:g}, untouched": 100
-            * sum(text == fact.value for text, fact in zip(said, untouched, strict=True))
-            / len(untouched),
+            f"a round at {rate:g}, untouched": 100 * sum(said.begins) / len(untouched),
         }
     return found
 

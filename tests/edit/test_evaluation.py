@@ -11,12 +11,12 @@ import pytest
 
 from potluck.compose.base import Base, load_base
 from potluck.corpus.world import documents_of, facts
-from potluck.edit.evaluation import answers_before, ngram_entropy, score_edits
+from potluck.edit.evaluation import answered, answers_before, score_edits
 from potluck.edit.facts import write_edits
+from potluck.edit.fluency import ngram_entropy
 from potluck.edit.layout import layout_of
 from potluck.edit.moments import key_moments
 from potluck.edit.of_world import changed_world, edits_of_world
-from potluck.edit.prompts import answers
 from potluck.edit.tracing import PLACES, causal_trace
 from potluck.edit.weights import WeightSettings, weight_editor
 from potluck.errors import EditError
@@ -32,8 +32,8 @@ def base() -> Base:
 def test_the_base_knows_its_world(base: Base) -> None:
     known = random.Random(0).sample(facts(200), 200)
     for prompts, enough in (([f.told[1] for f in known], 0.95), ([f.kept_back[1] for f in known], 0.9)):
-        said = answers(base, prompts)
-        assert sum(s == f.value for s, f in zip(said, known, strict=True)) >= enough * len(known)
+        judged = answered(base, [(prompt, f.value) for prompt, f in zip(prompts, known, strict=True)])
+        assert sum(judged.exactly) >= enough * len(known) and judged.begins == judged.exactly
 
 
 def test_edits_hold_in_free_answers(base: Base) -> None:

@@ -45,7 +45,7 @@ def prompt_row(base: Base, edit: Edit, before: str = "", answer: str = "", at: S
     Raises:
         EditError: The tokenizer does not say where the subject ends.
     """
-    found = row(base.vocabulary, edit.prompt, answer, edit.subject, before)
+    found = row(base.vocabulary, edit.prompt, answer, edit.subject, before, edit.place)
     return found if at == "subject" else replace(found, subject=found.prompt - 1)
 
 

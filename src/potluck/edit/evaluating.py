@@ -28,7 +28,8 @@ def evaluate_edits(
         ModelError: A model cannot be used, or the two do not share a tokenizer.
         CorpusError: The text is missing or too short.
     """
-    asked = read_edits(edits)
+    left_out: list[str] = []
+    asked = read_edits(edits, left_out=left_out)
     edited, unedited = load_base(model, "auto"), None if before is None else load_base(before, "auto")
     if before is not None and unedited is not None:
         if unedited.vocabulary.content_hash != edited.vocabulary.content_hash:
@@ -39,7 +40,9 @@ def evaluate_edits(
     found: dict[str, Any] = {"edits": len(asked), **as_percent(score_edits(edited, asked, kept, batch_size))}
     if kept is None:
         found["locality"] = "not known: name the unedited model with --before"
-        del found["given_locality"]
+        del found["exact_locality"], found["given_locality"]
+    if left_out:
+        found["left_out"] = left_out
     if text is not None:
         stream = token_stream(texts_of(text), edited.vocabulary)
         found["loss"] = loss_on(edited.model, stream, _LENGTH)

@@ -1,14 +1,16 @@
 """What is to be edited: a prompt that names its subject, and what the model shall answer.
 
-A file is a JSON list. Beside our own records it may hold those of CounterFact (nested, or flat as EasyEdit has them)
-and zsRE; which it is, is told by the fields of its first record.
+A file is a JSON list. Beside our own records it may hold those of CounterFact (nested, or flat as EasyEdit and MEMIT
+have them) and zsRE; which it is, is told by the fields of its first record. Published files hold records that cannot be
+edited, such as one of zsRE with an empty target: those are left out, and it is said which.
 """
 
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +35,8 @@ class Edit:
         onward: Prompts that need the new fact, each with the answer that follows from it.
         relation: What of the subject is asked, if the file says so: edits of one subject and relation compete.
         made_at: When it was decided, in seconds since 1970; the newest may win a conflict.
+        place: Where in the prompt the subject begins, in characters, if the file says so; else `begin_of` finds it.
+        truths: What is true of the neighbours, in their order, if the file says so.
     """
 
     id: str
@@ -45,6 +49,19 @@ class Edit:
     onward: tuple[tuple[str, str], ...] = ()
     relation: str = ""
     made_at: float = 0.0
+    place: int | None = None
+    truths: tuple[str, ...] = ()
+
+    @property
+    def begin(self) -> int:
+        """Where in the prompt the subject begins, in characters; -1 if it is not there."""
+        return begin_of(self.prompt, self.subject) if self.place is None else self.place
+
+    def about(self, name: str) -> Edit:
+        """The same of another subject: its name stands in the prompt where this one's stood."""
+        begin = self.begin
+        prompt = self.prompt[:begin] + name + self.prompt[begin + len(self.subject) :]
+        return replace(self, prompt=prompt, subject=name, place=begin)
 
     @property
     def asks(self) -> str:
@@ -53,8 +70,24 @@ class Edit:
         return " ".join(f"{self.subject}\n{asked}".casefold().split(" "))
 
 
-def read_edits(path: Path, limit: int = MAX_EDITS) -> list[Edit]:
+def begin_of(text: str, subject: str) -> int:
+    """Where a subject begins in a text, in characters: where it last is a word of its own; -1 if it is not there.
+
+    "Ann" is not looked for inside "Annapolis", unless it stands nowhere else.
+    """
+    alone = [found.start() for found in re.finditer(rf"(?<!\w){re.escape(subject)}(?!\w)", text)] if subject else []
+    return alone[-1] if alone else text.rfind(subject)
+
+
+def read_edits(path: Path, limit: int = MAX_EDITS, left_out: list[str] | None = None) -> list[Edit]:
     """The edits of a file, checked (`checked_edits`).
+
+    Args:
+        path: The file.
+        limit: Of edits.
+        left_out: Gets, for each record of a published form (CounterFact, zsRE) that cannot be edited or contradicts an
+            earlier one, which it is and why; it is left out. Without the list such a record is an error, as one of our
+            own form always is.
 
     Raises:
         EditError: It cannot be read, is none of the known forms, or what `checked_edits` refuses.
@@ -71,13 +104,27 @@ def read_edits(path: Path, limit: int = MAX_EDITS) -> list[Edit]:
         hint = "cut the file; edits may be applied one batch after the other"
         raise EditError(f"{path}: {len(rows)} edits at once, more than {limit}", hint)
     read = _reader(rows[0], path)
-    edits = []
+    lenient = left_out is not None and read is not edit_of
+    edits: list[Edit] = []
+    known: dict[str, Edit] = {}
+    asked: dict[str, Edit] = {}
     for number, row in enumerate(rows):
         try:
-            edits.append(read(row, number))
+            edit = read(row, number)
         except (KeyError, TypeError, ValueError, IndexError, AttributeError) as error:
-            raise EditError(f"{path}: record {number} has another form than the first ({error!r})") from None
-    return checked_edits(edits, str(path))
+            fault = EditError(f"{path}: record {number} has another form than the first ({error!r})")
+        else:
+            found = _fault(edit, str(path), known, asked)
+            if found is None:
+                edits.append(edit)
+                continue
+            fault = found
+        if not lenient or left_out is None:
+            raise fault from None
+        left_out.append(f"record {number}: {str(fault).partition(': ')[2]}")
+    if not edits:
+        raise EditError(f"{path}: none of {len(rows)} records can be edited; {left_out[0] if left_out else ''}")
+    return edits
 
 
 def write_edits(path: Path, edits: Sequence[Edit]) -> None:
@@ -98,13 +145,15 @@ def edit_of(row: Mapping[str, Any], number: int = 0) -> Edit:
         id=str(row.get("id", number)),
         prompt=_text(row["prompt"]),
         subject=_text(row["subject"]),
-        target=_text(row["target"]),
-        old=_text(row.get("old", "")),
+        target=_answer(row["target"]),
+        old=_answer(row.get("old", "")),
         rephrases=tuple(map(_text, row.get("rephrases", ()))),
         neighbours=tuple(map(_text, row.get("neighbours", ()))),
-        onward=tuple((_text(prompt), _text(answer)) for prompt, answer in row.get("onward", ())),
+        onward=tuple((_text(prompt), _answer(answer)) for prompt, answer in row.get("onward", ())),
         relation=_text(row.get("relation", "")),
         made_at=float(row.get("made_at", 0.0)),
+        place=None if row.get("place") is None else int(row["place"]),
+        truths=tuple(map(_answer, row.get("truths", ()))),
     )
 
 
@@ -117,22 +166,36 @@ def checked_edits(edits: Sequence[Edit], where: str) -> list[Edit]:
     known: dict[str, Edit] = {}
     asked: dict[str, Edit] = {}
     for edit in edits:
-        if not edit.subject.strip() or edit.subject not in edit.prompt:
-            hint = "the prompt must hold the subject letter by letter: the edit is made at its last token"
-            raise EditError(f"{where}: edit {edit.id}: {edit.subject!r} is not in the prompt {edit.prompt!r}", hint)
-        if not edit.target.strip():
-            raise EditError(f"{where}: edit {edit.id}: the target is empty", "`potluck forget` makes a model forget")
-        if max(map(len, (edit.prompt, edit.target, *edit.rephrases, *edit.neighbours))) > _MAX_CHARACTERS:
-            raise EditError(f"{where}: edit {edit.id}: a text of more than {_MAX_CHARACTERS} characters")
-        if edit.id in known:
-            raise EditError(f"{where}: two edits are called {edit.id}", "give each an id of its own")
-        other = asked.setdefault(edit.asks, edit)
-        if other.target.strip() != edit.target.strip():
-            hint = "keep one of them; between participants a conflict policy decides"
-            both = f"{other.id} ({other.target!r}) and {edit.id} ({edit.target!r})"
-            raise EditError(f"{where}: edits {both} contradict each other: {edit.prompt!r}", hint)
-        known[edit.id] = edit
+        if (fault := _fault(edit, where, known, asked)) is not None:
+            raise fault
     return list(edits)
+
+
+def _fault(edit: Edit, where: str, known: dict[str, Edit], asked: dict[str, Edit]) -> EditError | None:
+    """What is wrong with an edit by itself or beside those before it; one with nothing wrong is taken up there."""
+    at = f"{where}: edit {edit.id}"
+    if not edit.subject.strip() or edit.subject not in edit.prompt:
+        hint = "the prompt must hold the subject letter by letter: the edit is made at its last token"
+        return EditError(f"{at}: {edit.subject!r} is not in the prompt {edit.prompt!r}", hint)
+    if edit.place is not None and (edit.place < 0 or not edit.prompt.startswith(edit.subject, edit.place)):
+        hint = "count characters from 0, or leave `place` out"
+        return EditError(f"{at}: {edit.subject!r} is not at place {edit.place} of the prompt {edit.prompt!r}", hint)
+    if not edit.target.strip():
+        return EditError(f"{at}: the target is empty", "`potluck forget` makes a model forget")
+    if max(map(len, (edit.prompt, edit.target, *edit.rephrases, *edit.neighbours))) > _MAX_CHARACTERS:
+        return EditError(f"{at}: a text of more than {_MAX_CHARACTERS} characters")
+    if edit.truths and len(edit.truths) != len(edit.neighbours):
+        hint = "give one for each neighbour, or none"
+        return EditError(f"{at}: {len(edit.truths)} truths of {len(edit.neighbours)} neighbours", hint)
+    if edit.id in known:
+        return EditError(f"{where}: two edits are called {edit.id}", "give each an id of its own")
+    other = asked.get(edit.asks, edit)
+    if other.target.strip() != edit.target.strip():
+        hint = "keep one of them; between participants a conflict policy decides"
+        both = f"{other.id} ({other.target!r}) and {edit.id} ({edit.target!r})"
+        return EditError(f"{where}: edits {both} contradict each other: {edit.prompt!r}", hint)
+    known[edit.id] = asked[edit.asks] = edit
+    return None
 
 
 def _reader(first: dict[str, Any], path: Path) -> Callable[[dict[str, Any], int], Edit]:
@@ -150,42 +213,66 @@ def _reader(first: dict[str, Any], path: Path) -> Callable[[dict[str, Any], int]
 
 def _counterfact(row: dict[str, Any], number: int) -> Edit:
     asked = row["requested_rewrite"]
-    subject = _text(asked["subject"])
+    prompt, subject, place = _filled(asked)
+    old = _answer(asked.get("target_true", ""))
+    neighbours = tuple(map(_text, row.get("neighborhood_prompts", ())))
     return Edit(
         id=str(row.get("case_id", number)),
-        prompt=_text(asked["prompt"]).replace("{}", subject),
+        prompt=prompt,
         subject=subject,
-        target=_text(asked["target_new"]["str"]),
-        old=_text(asked["target_true"]["str"]),
+        target=_answer(asked["target_new"]),
+        old=old,
         rephrases=tuple(map(_text, row.get("paraphrase_prompts", ()))),
-        neighbours=tuple(map(_text, row.get("neighborhood_prompts", ()))),
+        neighbours=neighbours,
         relation=str(asked.get("relation_id", "")),
+        place=place,
+        truths=(old,) * len(neighbours) if old else (),  # neighbours are chosen as subjects of the same answer
     )
 
 
 def _flat(row: dict[str, Any], number: int) -> Edit:
+    """EasyEdit's records, and MEMIT's requests, which hold a template and answers as ``{"str": …}``."""
+    prompt, subject, place = _filled(row)
+    neighbour, truth = row.get("locality_prompt"), row.get("locality_ground_truth")
     return Edit(
         id=str(row.get("case_id", number)),
-        prompt=_text(row["prompt"]),
-        subject=_text(row["subject"]),
-        target=_text(row["target_new"]),
-        old=_text(row.get("ground_truth", "")),
+        prompt=prompt,
+        subject=subject,
+        target=_answer(row["target_new"]),
+        old=_answer(row.get("ground_truth") or row.get("target_true") or ""),
         rephrases=(_text(row["rephrase_prompt"]),) if row.get("rephrase_prompt") else (),
-        neighbours=(_text(row["locality_prompt"]),) if row.get("locality_prompt") else (),
+        neighbours=(_text(neighbour),) if neighbour else (),
+        relation=str(row.get("relation_id", "")),
+        place=place,
+        truths=(_answer(truth),) if neighbour and truth else (),
     )
 
 
 def _zsre(row: dict[str, Any], number: int) -> Edit:
     """``loc`` is lower case and begins with "nq question: ", which the answer shall not depend on."""
+    target, truth = _answer(row["alt"]), row.get("loc_ans")
     return Edit(
         id=str(row.get("case_id", number)),
         prompt=_text(row["src"]),
         subject=_text(row["subject"]),
-        target=_text(row["alt"]),
-        old=_text(row["answers"][0]),
+        target=target,
+        old=next((old for old in map(_answer, row["answers"]) if old != target), ""),
         rephrases=(_text(row["rephrase"]),),
         neighbours=(_text(row["loc"]).removeprefix("nq question: "),),
+        truths=(_answer(truth),) if truth else (),
     )
+
+
+def _filled(asked: dict[str, Any]) -> tuple[str, str, int | None]:
+    """A record's prompt with its subject in the place of ``{}``, the subject, and where it begins if that is said."""
+    prompt, subject = _text(asked["prompt"]), _text(asked["subject"])
+    before, marked, after = prompt.partition("{}")
+    return (f"{before}{subject}{after}", subject, len(before)) if marked else (prompt, subject, None)
+
+
+def _answer(value: Any) -> str:
+    """An answer as it is or as ``{"str": …}``, without the space before it that files written for GPT-2 have."""
+    return _text(value["str"] if isinstance(value, dict) else value).strip()
 
 
 def _text(value: Any) -> str:

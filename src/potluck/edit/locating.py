@@ -37,13 +37,16 @@ def locate(
         raise RecipeError(f"{plot}: a plot ends in {', '.join(_FORMATS)}")
     if plot is not None and plot.exists():
         raise StorageError(f"{plot}: there is something here already", "name a new file")
-    trace = causal_trace(load_base(model, "auto"), read_edits(facts), window, draws=draws, seed=seed, on_fact=on_fact)
+    left_out: list[str] = []
+    asked = read_edits(facts, left_out=left_out)
+    trace = causal_trace(load_base(model, "auto"), asked, window, draws=draws, seed=seed, on_fact=on_fact)
     if plot is not None:
         draw(trace, plot)
     return {
         "layers": list(trace.layers),
         "at": trace.at,
         "facts": trace.asked,
+        **({"left_out": left_out} if left_out else {}),
         "known": trace.known,
         "clean": trace.clean,
         "blurred": trace.blurred,

@@ -10,13 +10,13 @@ from typing import Any, cast
 
 from potluck.compose.base import Base, load_base, texts_of
 from potluck.edit.contexts import Site
+from potluck.edit.evaluation import Before, answered, answers_before, unchanged
 from potluck.edit.facts import Edit, read_edits
 from potluck.edit.grace import GraceMemory, grace_memory
 from potluck.edit.kept import load_edited, save_edited, save_model
 from potluck.edit.layout import layout_of
 from potluck.edit.memories import attached, save_with_memory
 from potluck.edit.moments import kept_moments
-from potluck.edit.prompts import answers
 from potluck.edit.remembered import Memory, has_memory, load_memory, with_edits, without
 from potluck.edit.tuning import Tuning, fine_tune
 from potluck.edit.weights import Method, WeightEditor, WeightSettings, weight_editor
@@ -68,14 +68,22 @@ def apply(request: Request, moments_folder: Path = Path("runs/moments")) -> dict
         ModelError: The model cannot be used.
         StorageError: There is something at ``out``, or it cannot be written.
     """
-    edits = read_edits(request.edits)
+    left_out: list[str] = []
+    edits = read_edits(request.edits, left_out=left_out)
     _check(request)
     if request.method in IN_WEIGHTS and (request.model / "edits").is_dir():
-        return _go_on(request, edits)
-    if has_memory(request.model):
-        return _remember_more(request, edits)
+        found = _go_on(request, edits)
+    elif has_memory(request.model):
+        found = _remember_more(request, edits)
+    else:
+        found = _begin(request, edits, moments_folder)
+    return found | ({"left_out": left_out} if left_out else {})
+
+
+def _begin(request: Request, edits: Sequence[Edit], moments_folder: Path) -> dict[str, Any]:
+    """Edits of a model that has none."""
     base = load_base(request.model, "auto")
-    before = _neighbours(base, edits)
+    before = answers_before(base, edits)
     layers = request.layers or default_layers(base, request.method)
     batches = _batches(edits, request.at_once)
     if request.method in TUNED:
@@ -161,7 +169,7 @@ def _go_on(request: Request, edits: Sequence[Edit]) -> dict[str, Any]:
         if value != kept[name]:
             hint = "go on with the same, or begin with an unedited model"
             raise EditError(f"{request.model}: was edited with {name} {kept[name]}, not {value}", hint)
-    before = _neighbours(editor.base, edits)
+    before = answers_before(editor.base, edits)
     editor.settings = replace(editor.settings, seed=request.seed)
     for batch in _batches(edits, request.at_once):
         editor.write(batch)
@@ -179,7 +187,7 @@ def _remember_more(request: Request, edits: Sequence[Edit]) -> dict[str, Any]:
             hint = "go on with the same, or begin with an unedited model"
             raise EditError(f"{request.model}: was edited with {name} {kept[name]}, not {value}", hint)
     with attached(base, memory):
-        before = _neighbours(base, edits)
+        before = answers_before(base, edits)
     memory = reduce(partial(with_edits, base), _batches(edits, request.at_once), memory)
     with attached(base, memory):
         said = _said(base, edits, before)
@@ -204,15 +212,16 @@ def _batches(edits: Sequence[Edit], at_once: int) -> list[Sequence[Edit]]:
     return [edits[begin : begin + size] for begin in range(0, len(edits), size)]
 
 
-def _neighbours(base: Base, edits: Sequence[Edit]) -> list[str]:
-    return answers(base, [prompt for edit in edits for prompt in edit.neighbours])
-
-
-def _said(base: Base, edits: Sequence[Edit], before: Sequence[str]) -> dict[str, Any]:
-    """What the model now answers by itself; `potluck evaluate --edits` says more."""
-    told = answers(base, [edit.prompt for edit in edits])
-    after = _neighbours(base, edits)
-    found = {"edits": len(edits), "told": sum(a == e.target for a, e in zip(told, edits, strict=True)) / len(edits)}
-    if before:
-        found["neighbours_unchanged"] = sum(a == b for a, b in zip(after, before, strict=True)) / len(before)
+def _said(base: Base, edits: Sequence[Edit], before: Before) -> dict[str, Any]:
+    """What the model now answers by itself, as `potluck evaluate --edits` counts it, which says more."""
+    told = answered(base, [(edit.prompt, edit.target) for edit in edits])
+    found = {"edits": len(edits), "told": _share(told.begins), "told_exactly": _share(told.exactly)}
+    if before.said:
+        kept = unchanged(base, edits, before, answers_before(base, edits))
+        found["neighbours_unchanged"] = _share(kept.begins)
+        found["neighbours_exactly_unchanged"] = _share(kept.exactly)
     return found
+
+
+def _share(right: Sequence[bool]) -> float:
+    return sum(right) / len(right)

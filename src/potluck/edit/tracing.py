@@ -17,8 +17,9 @@ from torch import Tensor, nn
 
 from potluck.compose.base import Base
 from potluck.edit.facts import Edit
+from potluck.edit.judging import begins
 from potluck.edit.layout import Layout, first, layout_of, watching
-from potluck.edit.prompts import answers, row
+from potluck.edit.prompts import MARGIN, continuation, row, said
 from potluck.errors import EditError
 
 PLACES = ("first of subject", "middle of subject", "last of subject", "next", "further", "last of prompt")
@@ -32,7 +33,7 @@ class Trace:
     """Mean over facts.
 
     Attributes:
-        known: Facts that the model answered rightly; only they were traced.
+        known: Facts whose answer the model's own answer begins with, token by token; only they were traced.
         asked: Facts in all.
         clean, blurred: Probability of the answer's first token without and with noise.
         restored: Of each kind, the probability after putting back each place at each layer, ``(places, layers)``.
@@ -91,8 +92,7 @@ def causal_trace(
         ModelError: Its layout is not known.
     """
     layout = layout_of(base.model)
-    said = answers(base, [fact.prompt for fact in facts])
-    known = [fact for fact, answer in zip(facts, said, strict=True) if answer == fact.target]
+    known = _known(base, facts)
     if not known:
         raise EditError(f"the model answers none of {len(facts)} facts rightly", "there is nothing to trace in it")
     window = window or max(1, layout.count // 4)
@@ -116,6 +116,17 @@ def causal_trace(
     return Trace(len(known), len(facts), clean / len(known), blurred / len(known), restored, window)
 
 
+def _known(base: Base, facts: Sequence[Edit]) -> list[Edit]:
+    """Facts whose answer is, token by token, what the model's own answer begins with: its first token is traced."""
+    wanted = [continuation(base.vocabulary, fact.prompt, fact.target) for fact in facts]
+    found = said(base, [fact.prompt for fact in facts], max_tokens=max(map(len, wanted), default=0) + MARGIN)
+    return [
+        fact
+        for fact, tokens, answer in zip(facts, wanted, found, strict=True)
+        if answer.tokens[: len(tokens)] == tokens and begins(answer.text, fact.target)
+    ]
+
+
 class _Traced:
     """One fact: what the clean run gave, and the blurred runs with parts of it put back."""
 
@@ -123,11 +134,9 @@ class _Traced:
         self, base: Base, layout: Layout, fact: Edit, spread: float, draws: int, generator: torch.Generator
     ) -> None:
         self.base, self.layout = base, layout
-        tokens = row(base.vocabulary, fact.prompt, fact.target, fact.subject)
-        self.length, self.last = tokens.prompt, tokens.subject
+        tokens = row(base.vocabulary, fact.prompt, fact.target, fact.subject, place=fact.place)
+        self.length, self.begin, self.last = tokens.prompt, tokens.first, tokens.subject
         self.answer = tokens.ids[tokens.prompt]
-        begun = fact.prompt[: fact.prompt.rfind(fact.subject)].rstrip()
-        self.begin = 1 + len(base.vocabulary.tokenizer.encode(begun, add_special_tokens=False).ids)
         self.ids = torch.tensor([tokens.ids[: tokens.prompt]], device=base.model.device)
         self.kept: dict[tuple[str, int], Tensor] = {}
         modules = {(kind, i): _module(layout, kind, i) for kind in KINDS for i in range(layout.count)}

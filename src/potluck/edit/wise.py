@@ -232,11 +232,7 @@ def _near(edits: Sequence[Edit], count: int, seed: int) -> tuple[list[str], list
     draw, half = random.Random(seed), len(invented) // 2
 
     def about(names: Sequence[str], each: int) -> list[str]:
-        others = [
-            replace(edit, prompt=edit.prompt.replace(edit.subject, name), subject=name)
-            for edit in edits
-            for name in draw.sample(names, min(each, len(names)))
-        ]
+        others = [edit.about(name) for edit in edits for name in draw.sample(names, min(each, len(names)))]
         return [other.prompt for other in others if other.asks not in asks]
 
     return about([*subjects, *invented[:half]], count), about(invented[half:], 1)

@@ -15,6 +15,7 @@ from pathlib import Path
 from potluck.compose.base import Base
 from potluck.edit.facts import Edit, checked_edits
 from potluck.edit.forgetting.questions import Question, with_subjects
+from potluck.edit.judging import sentence
 from potluck.edit.prompts import answers
 from potluck.errors import EditError
 
@@ -100,7 +101,7 @@ def rewritten(base: Base, questions: Sequence[Question], texts: Sequence[str]) -
     longest = max(len(base.vocabulary.tokenizer.encode(prompt).ids) for prompt in prompts) + 32
     if longest > getattr(base.model.config, "max_position_embeddings", longest):
         return list(texts)
-    own = answers(base, prompts, max_tokens=32)
+    own = map(sentence, answers(base, prompts, max_tokens=32))
     return [
         said if q.subject in said and q.answer.casefold() not in said.casefold() and len(said) <= _LONGEST else text
         for q, said, text in zip(questions, own, texts, strict=True)

@@ -21,9 +21,9 @@ from potluck.compose.base import Base
 from potluck.contribution import Contribution, Scalar, Task
 from potluck.corpus.tokenizer import Vocabulary
 from potluck.edit.contexts import contexts, hidden_at, keys_at
+from potluck.edit.evaluation import right_answers
 from potluck.edit.facts import Edit, read_edits
 from potluck.edit.layout import layout_of
-from potluck.edit.prompts import answers
 from potluck.edit.together.claims import claim_tensors, claims_of
 from potluck.edit.together.exchange import EDIT, MOMENTS, read_contexts
 from potluck.edit.together.maps import Maps
@@ -152,8 +152,7 @@ class Site:
         base = self._base(now)
         if not edits:
             return edit_sums(_no_keys(layers, self.maps), {}), 0
-        said = answers(base, [edit.prompt for edit in edits])
-        told = sum(text == edit.target.strip() for text, edit in zip(said, edits, strict=True))
+        told = sum(right_answers(base, edits))
         return edit_sums(keys_at(base, layout_of(base.model), layers, edits, before, self.editing.at), {}), told
 
     def _targets(self, edits: list[Edit], before: tuple[str, ...], start: Tensor) -> Tensor:
