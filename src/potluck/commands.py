@@ -106,8 +106,7 @@ def generate(source: Path, prompt: str, *, max_tokens: int, temperature: float, 
     base = _base(source)
     return continue_text(
         base.model,
-        base.vocabulary.tokenizer,
-        base.vocabulary.end_of_text,
+        base.vocabulary,
         prompt,
         max_tokens=max_tokens,
         temperature=temperature,

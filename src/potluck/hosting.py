@@ -172,6 +172,7 @@ def say_about(post: Post, recipe: Recipe, vocabulary: Vocabulary | None, network
         named = packed_text(payload)
         facts |= {
             "end_of_text": vocabulary.end_of_text,
+            "stops": sorted(vocabulary.stops),
             "model": layout_hash(network),
             "parameters": network.flat.vector.numel(),
             "message": {"payload": named},

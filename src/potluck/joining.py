@@ -117,7 +117,10 @@ def understand(post: Post, stop: Callable[[], bool]) -> tuple[Asks, Recipe, Voca
         time.sleep(WAIT_SECONDS / 4)
     facts, payload = about
     asks, recipe = about_asks(facts)
-    vocabulary = None if payload is None else vocabulary_of(payload.decode(), int(facts["end_of_text"]))
+    vocabulary = None
+    if payload is not None:
+        stops = [int(token) for token in facts.get("stops", ())]
+        vocabulary = vocabulary_of(payload.decode(), int(facts["end_of_text"]), stops)
     return asks, recipe, vocabulary
 
 

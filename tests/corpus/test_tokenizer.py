@@ -10,7 +10,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from potluck.corpus.holdings import kept_documents
-from potluck.corpus.tokenizer import Vocabulary, build_vocabulary, load_vocabulary, save_vocabulary
+from potluck.corpus.tokenizer import (
+    Vocabulary,
+    build_vocabulary,
+    folder_vocabulary,
+    load_vocabulary,
+    save_vocabulary,
+    vocabulary_of,
+)
 from potluck.errors import CorpusError, ModelError
 from potluck.recipe import Recipe, parse_recipe
 
@@ -111,3 +118,65 @@ def test_an_existing_folder(trained: Recipe, tmp_path: Path) -> None:
     (folder / "tokenizer.json").write_text("{}")
     with pytest.raises(ModelError, match="cannot be used"):
         build_vocabulary(existing)
+
+
+def folder_of(folder: Path, tokens: list[str], config: dict[str, object], template: list[str] | None = None) -> Path:
+    """A tokenizer folder of bytes with special tokens from 256 on."""
+    folder.mkdir(exist_ok=True)
+    table = json.loads(BYTES.tokenizer.to_str())
+    table["added_tokens"] = [{**table["added_tokens"][0], "id": 256 + i, "content": t} for i, t in enumerate(tokens)]
+    table["post_processor"] = None
+    if template is not None:
+        ids = {name: {"id": name, "ids": [256 + tokens.index(name)], "tokens": [name]} for name in template}
+        said = [*({"SpecialToken": {"id": n, "type_id": 0}} for n in template), {"Sequence": {"id": "A", "type_id": 0}}]
+        table["post_processor"] = {"type": "TemplateProcessing", "single": said, "pair": said, "special_tokens": ids}
+        table["post_processor"]["pair"] = [*said, {"Sequence": {"id": "B", "type_id": 1}}]
+    (folder / "tokenizer.json").write_text(json.dumps(table))
+    (folder / "tokenizer_config.json").write_text(json.dumps(config))
+    return folder
+
+
+CHAT = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
+
+
+def test_a_turn_s_end_does_not_separate_documents(tmp_path: Path) -> None:
+    loaded = folder_vocabulary(folder_of(tmp_path / "chat", CHAT, {"eos_token": "<|im_end|>"}))
+    assert (loaded.end_of_text, loaded.stops) == (256, frozenset({256, 258}))
+    own = ["<stop>", "</s>"]
+    assert folder_vocabulary(folder_of(tmp_path / "own", own, {"eos_token": "<stop>"})).end_of_text == 256
+    (tmp_path / "own" / "chat_template.jinja").write_text("{{ messages[0].content }}<stop>")
+    loaded = folder_vocabulary(tmp_path / "own")
+    assert (loaded.end_of_text, loaded.stops) == (257, frozenset({256, 257}))
+
+
+def test_generation_stops_at_every_end_that_the_folder_names(tmp_path: Path) -> None:
+    folder = folder_of(tmp_path / "chat", CHAT, {"eos_token": "<|endoftext|>"})
+    (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": [257, 258]}))
+    (folder / "config.json").write_text(json.dumps({"eos_token_id": 2}))  # Llama's default; here the byte 2
+    assert folder_vocabulary(folder).stops == {256, 257, 258}
+
+
+def test_a_prompt_begins_as_the_tokenizer_begins_it(tmp_path: Path) -> None:
+    from transformers import AutoTokenizer
+
+    ends: dict[str, object] = {"eos_token": "</s>", "bos_token": "<s>", "tokenizer_class": "PreTrainedTokenizerFast"}
+    added = ["<s>", "</s>"]
+    yes, no = {**ends, "add_bos_token": True}, {**ends, "add_bos_token": False}
+    for config, template in [(ends, ["<s>"]), (ends, None), (yes, None), (no, ["<s>"])]:
+        folder = folder_of(tmp_path / "t", added, config, template)
+        expected = AutoTokenizer.from_pretrained(folder)("hello").input_ids
+        assert folder_vocabulary(folder).prompt("hello") == expected
+    assert folder_vocabulary(folder_of(tmp_path / "t", added, ends)).prompt("") == [257]
+
+
+def test_what_a_tokenizer_puts_around_a_text_does_not_make_it_another(trained: Recipe, tmp_path: Path) -> None:
+    vocabulary = build_vocabulary(trained)
+    assert vocabulary.beginning == (vocabulary.end_of_text,)
+    shard = next((tmp_path / "shards").glob("bpe-*"))
+    table = json.loads((shard / "tokenizer.json").read_text())
+    table["post_processor"] = None  # as version 0.1 saved and exported it
+    (shard / "tokenizer.json").write_text(json.dumps(table))
+    again = load_vocabulary(shard)
+    assert (again.content_hash, again.beginning) == (vocabulary.content_hash, vocabulary.beginning)
+    travelled = vocabulary_of(vocabulary.tokenizer.to_str(), vocabulary.end_of_text, [7])
+    assert (travelled.beginning, travelled.stops) == (vocabulary.beginning, frozenset({7, vocabulary.end_of_text}))

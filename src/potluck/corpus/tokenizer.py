@@ -9,12 +9,12 @@ from __future__ import annotations
 import hashlib
 import json
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 
 from potluck.corpus.holdings import digest_of, kept_documents, text_keys
 from potluck.errors import ModelError
@@ -23,6 +23,9 @@ from potluck.recipe import Recipe
 from potluck.recipe.schema import Bpe, Bytes
 
 END_OF_TEXT = "<|endoftext|>"
+# What tokenizers of chat models name as `eos_token`, and what ended a document when their base was trained.
+_TURN_ENDS = {"<|im_end|>", "<|eot_id|>", "<|eom_id|>", "<|eot|>", "<|end|>", "<|end_of_turn|>", "<end_of_turn>"}
+_DOCUMENT_ENDS = ("<|endoftext|>", "<|end_of_text|>", "<eos>", "</s>", "<｜end▁of▁sentence｜>")
 PIECE_CHARACTERS = 1 << 18
 Progress = Callable[[str], None]
 
@@ -34,14 +37,23 @@ class Vocabulary:
     Attributes:
         tokenizer: Encodes and decodes; adds nothing when called with ``add_special_tokens=False``.
         size: Smallest number that is larger than every token id.
-        end_of_text: Token that begins every document and so ends the one before.
-        content_hash: SHA-256 of the tokenizer's JSON and ``end_of_text``.
+        end_of_text: Token between documents: it begins every document of a stream and so ends the one before.
+        content_hash: SHA-256 of the tokenizer's JSON, but for what it puts around a text, and of ``end_of_text``.
+        beginning: What the tokenizer itself puts before a text (its post-processor), and so what a prompt begins with.
+        stops: Tokens that end what is generated, ``end_of_text`` among them.
     """
 
     tokenizer: Tokenizer
     size: int
     end_of_text: int
     content_hash: str
+    beginning: tuple[int, ...]
+    stops: frozenset[int]
+
+    def prompt(self, text: str) -> list[int]:
+        """A text's token ids, begun as the tokenizer begins one; an empty text is the start of a document."""
+        ids: list[int] = self.tokenizer.encode(text, add_special_tokens=False).ids
+        return [*self.beginning, *ids] or [self.end_of_text]
 
 
 def silent(message: str) -> None:
@@ -108,13 +120,22 @@ def load_vocabulary(folder: Path) -> Vocabulary:
         end_of_text, content_hash = int(about["end_of_text"]), about["content_hash"]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ModelError(f"{folder}: no usable vocabulary ({error})") from None
-    if _content_hash(text, end_of_text) != content_hash:
+    try:
+        vocabulary = _own_vocabulary(Tokenizer.from_str(text), end_of_text)
+    except Exception as error:  # the library raises plain Exception
+        raise ModelError(f"{folder}: the vocabulary is damaged ({str(error).partition(chr(10))[0]})") from None
+    if vocabulary.content_hash != content_hash:
         raise ModelError(f"{folder}: the vocabulary is damaged, its content does not fit its hash")
-    return _vocabulary(Tokenizer.from_str(text), end_of_text)
+    return vocabulary
 
 
-def vocabulary_of(tokenizer_json: str, end_of_text: int) -> Vocabulary:
+def vocabulary_of(tokenizer_json: str, end_of_text: int, stops: Iterable[int] = ()) -> Vocabulary:
     """A vocabulary that came as text.
+
+    Args:
+        tokenizer_json: The tokenizer.
+        end_of_text: As in `Vocabulary`.
+        stops: Tokens that end what is generated, beside ``end_of_text``.
 
     Raises:
         ModelError: It is not a tokenizer.
@@ -123,7 +144,7 @@ def vocabulary_of(tokenizer_json: str, end_of_text: int) -> Vocabulary:
         tokenizer = Tokenizer.from_str(tokenizer_json)
     except Exception as error:  # the library raises plain Exception
         raise ModelError(f"not a tokenizer: {str(error).partition(chr(10))[0]}") from None
-    return _vocabulary(tokenizer, end_of_text)
+    return _vocabulary(tokenizer, end_of_text, stops)
 
 
 def pieces(text: str) -> Iterator[str]:
@@ -132,12 +153,37 @@ def pieces(text: str) -> Iterator[str]:
         yield text[start : start + PIECE_CHARACTERS]
 
 
-def _vocabulary(tokenizer: Tokenizer, end_of_text: int) -> Vocabulary:
+def _vocabulary(tokenizer: Tokenizer, end_of_text: int, stops: Iterable[int] = ()) -> Vocabulary:
     tokenizer.no_truncation()
     tokenizer.no_padding()
+    around = tokenizer.post_processor
+    tokenizer.post_processor = None
     content_hash = _content_hash(tokenizer.to_str(), end_of_text)
+    tokenizer.post_processor = around
     tokenizer.encode_special_tokens = True  # special strings in a text are text; not part of the JSON
-    return Vocabulary(tokenizer, max(tokenizer.get_vocab().values()) + 1, end_of_text, content_hash)
+    size = max(tokenizer.get_vocab().values()) + 1
+    return Vocabulary(
+        tokenizer, size, end_of_text, content_hash, _beginning(tokenizer), frozenset({*stops, end_of_text})
+    )
+
+
+def _own_vocabulary(tokenizer: Tokenizer, end_of_text: int) -> Vocabulary:
+    """One that was made here: its models see end-of-text before every text, and the tokenizer says so."""
+    end = tokenizer.id_to_token(end_of_text)
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single=[end, "$A"], pair=[end, "$A", end, "$B:1"], special_tokens=[(end, end_of_text)]
+    )
+    return _vocabulary(tokenizer, end_of_text)
+
+
+def _beginning(tokenizer: Tokenizer) -> tuple[int, ...]:
+    """The ids that the post-processor puts before a text."""
+    for text in ("a", *tokenizer.get_vocab()):
+        if bare := tokenizer.encode(text, add_special_tokens=False).ids:
+            whole = tokenizer.encode(text).ids
+            starts = (at for at in range(len(whole)) if whole[at : at + len(bare)] == bare)
+            return tuple(whole[: next(starts, 0)])
+    return ()
 
 
 def _content_hash(tokenizer_json: str, end_of_text: int) -> str:
@@ -158,7 +204,7 @@ def _byte_vocabulary() -> Vocabulary:
     alphabet = {chr(byte): byte for byte in printable} | {chr(256 + i): byte for i, byte in enumerate(others)}
     tokenizer = _byte_level(models.BPE(vocab=alphabet, merges=[]))
     tokenizer.add_special_tokens([END_OF_TEXT])
-    return _vocabulary(tokenizer, 256)
+    return _own_vocabulary(tokenizer, 256)
 
 
 def word_counts(recipe: Recipe) -> Counter[str]:
@@ -191,11 +237,15 @@ def _train_bpe(texts: Iterator[str], size: int) -> Vocabulary:
         show_progress=False,
     )
     tokenizer.train_from_iterator(texts, trainer)
-    return _vocabulary(tokenizer, tokenizer.get_vocab()[END_OF_TEXT])
+    return _own_vocabulary(tokenizer, tokenizer.get_vocab()[END_OF_TEXT])
 
 
 def folder_vocabulary(folder: Path) -> Vocabulary:
     """The vocabulary of a Hugging Face tokenizer folder, or of an exported model.
+
+    Documents are separated by the tokenizer's ``eos_token``, or, where that is a chat turn's end, by the token that
+    ended documents when the base was trained (``<|endoftext|>`` and its like). Generation stops at either, and at
+    each token that the folder's generation config or model config names: tokens of ordinary text are not among them.
 
     Raises:
         ModelError: It is missing or broken, or has no end-of-text token.
@@ -203,30 +253,57 @@ def folder_vocabulary(folder: Path) -> Vocabulary:
     if not folder.is_dir():
         raise ModelError(f"tokenizer {folder}: there is no such folder")
     try:
-        tokenizer, end_of_text = _read_folder(folder)
+        tokenizer, eos = _read_folder(folder)
+        named = _named_ends(folder)
+        template = _chat_templates(folder)
     except Exception as error:  # the libraries raise plain Exception for a broken file
         first_line = str(error).partition("\n")[0]
         hint = "it must hold the tokenizer.json of a Hugging Face tokenizer"
         raise ModelError(f"tokenizer {folder}: cannot be used ({first_line})", hint) from error
-    token = None if end_of_text is None else tokenizer.token_to_id(end_of_text)
-    if token is None:
+    last = None if eos is None else tokenizer.token_to_id(eos)
+    if eos is None or last is None:
         hint = "name one as `eos_token` in tokenizer_config.json"
         raise ModelError(f"tokenizer {folder}: has no end-of-text token", hint)
-    return _vocabulary(tokenizer, token)
+    added = tokenizer.get_added_tokens_decoder()
+    special = {token.content: number for number, token in added.items()}
+    separator = last
+    if eos not in _DOCUMENT_ENDS and (eos in _TURN_ENDS or eos in template):
+        separator = next((special[end] for end in _DOCUMENT_ENDS if end in special), last)
+    return _vocabulary(tokenizer, separator, {last, *(number for number in named if number in added)})
+
+
+def _named_ends(folder: Path) -> list[int]:
+    """``eos_token_id`` of generation config and model config: one number or several."""
+    configs = (_json_table(folder / name) for name in ("generation_config.json", "config.json"))
+    named = [config.get("eos_token_id") for config in configs]
+    return [int(number) for ids in named if ids is not None for number in (ids if isinstance(ids, list) else [ids])]
+
+
+def _chat_templates(folder: Path) -> str:
+    """The text of the tokenizer's chat templates, if it has any."""
+    files = [folder / "chat_template.jinja", *sorted((folder / "additional_chat_templates").glob("*.jinja"))]
+    texts = [path.read_text(encoding="utf-8") for path in files if path.is_file()]
+    return "\n".join([*texts, json.dumps(_json_table(folder / "tokenizer_config.json").get("chat_template", ""))])
 
 
 def _read_folder(folder: Path) -> tuple[Tokenizer, str | None]:
-    """The tokenizer and the string of its end-of-text token."""
+    """The tokenizer and the string of its ``eos_token``."""
     if (folder / "tokenizer.json").is_file():
         tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
         configs = (_json_table(folder / name) for name in ("tokenizer_config.json", "special_tokens_map.json"))
-        named = [config["eos_token"] for config in configs if config.get("eos_token")]
-        if named:
-            return tokenizer, named[0]["content"] if isinstance(named[0], dict) else str(named[0])
+        eos = next((token for token in (_content(config.get("eos_token")) for config in configs) if token), None)
+        if eos:
+            return tokenizer, eos
     from transformers import AutoTokenizer
 
     loaded = AutoTokenizer.from_pretrained(str(folder), trust_remote_code=False, local_files_only=True)
     return Tokenizer.from_str(loaded.backend_tokenizer.to_str()), loaded.eos_token
+
+
+def _content(token: Any) -> str | None:
+    """A special token's string: configs hold it as it is, or in a table."""
+    text = token.get("content") if isinstance(token, dict) else token
+    return str(text) if text else None
 
 
 def _json_table(path: Path) -> dict[str, Any]:

@@ -5,14 +5,14 @@ from __future__ import annotations
 from typing import Any, cast
 
 import torch
-from tokenizers import Tokenizer
 from transformers import GenerationConfig, PreTrainedModel
+
+from potluck.corpus.tokenizer import Vocabulary
 
 
 def generate(
     model: PreTrainedModel,
-    tokenizer: Tokenizer,
-    end_of_text: int,
+    vocabulary: Vocabulary,
     prompt: str,
     *,
     max_tokens: int,
@@ -20,21 +20,24 @@ def generate(
     top_p: float,
     seed: int,
 ) -> str:
-    """The prompt's continuation, up to ``max_tokens`` tokens or the end of a document.
+    """The prompt's continuation, up to ``max_tokens`` tokens or one of the vocabulary's ``stops``.
 
     Args:
         temperature: 0 takes the likeliest token each time.
         top_p: Draw from the likeliest tokens that together have this probability.
         seed: The same seed gives the same text.
     """
-    context = [end_of_text, *tokenizer.encode(prompt, add_special_tokens=False).ids]
+    context = vocabulary.prompt(prompt)
     sampling = {"do_sample": True, "temperature": temperature, "top_p": top_p, "top_k": 0} if temperature else {}
     settings = GenerationConfig(
-        max_new_tokens=max_tokens, eos_token_id=end_of_text, pad_token_id=end_of_text, **sampling
+        max_new_tokens=max_tokens,
+        eos_token_id=sorted(vocabulary.stops),
+        pad_token_id=vocabulary.end_of_text,
+        **sampling,
     )
     torch.manual_seed(seed)
     model.eval()
     tokens = torch.tensor([context], device=model.device)
     with torch.inference_mode():
         output = cast(Any, model).generate(tokens, attention_mask=torch.ones_like(tokens), generation_config=settings)
-    return str(tokenizer.decode(output[0, len(context) :].tolist()))
+    return str(vocabulary.tokenizer.decode(output[0, len(context) :].tolist()))
