@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any
@@ -10,7 +10,7 @@ from typing import Annotated, Any
 import typer
 
 from potluck.cli.edit import Site
-from potluck.cli.options import JsonOption, print_json
+from potluck.cli.options import JsonOption, print_json, progress
 
 verbs = typer.Typer()
 
@@ -51,14 +51,16 @@ def forget(
     out: Annotated[Path | None, typer.Option(help="The folder to write, a new one.")] = None,
     task: Annotated[str, typer.Option(help="Of TOFU's files, forget this task's questions alone.")] = "",
     refusals: Annotated[Path | None, typer.Option(help="What to answer instead, one a line.")] = None,
-    text: Annotated[Path | None, _panel(_EDITORS, "Text to leave as it is; the retained answers if left out.")] = None,
+    text: Annotated[Path | None, typer.Option(help="Text that shall stay as it is; its loss is measured.")] = None,
     layers: Annotated[str, _panel(_EDITORS, "Whose maps are written, such as `1,2`.")] = "",
     at: Annotated[Site | None, _panel(_EDITORS, "At whose last token; the subject's if left out.")] = None,
     merge: Annotated[int, _panel(_EDITORS, "Join so many questions about one subject.", min=1)] = 1,
     refuse: Annotated[bool, _panel(_EDITORS, "After `stranger`, edit refusals in.", "--refuse")] = False,
-    epochs: Annotated[int, _panel(_LOSSES, "Passes over what is to be forgotten.", min=1)] = 10,
-    batch_size: Annotated[int, _panel(_LOSSES, "Questions of each kind in a step.", min=1)] = 32,
-    learning_rate: Annotated[float, _panel(_LOSSES, "Peak of AdamW; small models need more.", min=1e-9)] = 1e-5,
+    epochs: Annotated[int | None, _panel(_LOSSES, "Passes over what is to be forgotten; 10.", min=1)] = None,
+    batch_size: Annotated[int | None, _panel(_LOSSES, "Questions of each kind in a step; 32.", min=1)] = None,
+    learning_rate: Annotated[
+        float | None, _panel(_LOSSES, "Peak of AdamW; fits the model if left out.", min=1e-9)
+    ] = None,
     seed: Annotated[int, typer.Option(min=0, help="Of all that is drawn.")] = 0,
     expert: Annotated[str, _panel(_PARTICIPANT, "Write the mixture MODEL without this expert.")] = "",
     adapter: Annotated[str, _panel(_PARTICIPANT, "Take this adapter out of the library MODEL.")] = "",
@@ -89,7 +91,37 @@ def forget(
         model, forget, retain, method.value, out, refusals, text, refuse, _layers(layers),
         at.value if at else None, merge, task, epochs, batch_size, learning_rate, seed, record, key,
     )  # fmt: skip
-    _print(commands.forget(request, lambda what: None if as_json else typer.echo(what, err=True)), as_json)
+    result = commands.forget(request, lambda what: None if as_json else typer.echo(what, err=True))
+    _print(result, as_json)
+    show_warnings(result["warnings"])
+
+
+def show_warnings(warnings: Sequence[str]) -> None:
+    """What a person has to be told, on standard error."""
+    from rich.markup import escape
+
+    for text in warnings:
+        progress().print(f"[yellow]warning:[/] {escape(text)}", highlight=False, soft_wrap=True)
+
+
+def show_checks(result: Mapping[str, Any], as_json: bool) -> None:
+    """What `potluck evaluate --forgotten` found."""
+    if as_json:
+        print_json(result)
+    else:
+        from rich.console import Console
+        from rich.table import Table
+
+        console = Console(highlight=False, soft_wrap=True)
+        table = Table("model", "probability", "said", "ROUGE-L", "extraction strength", box=None, pad_edge=False)
+        for name, forms in result["models"].items():
+            for form, figures in forms.items():
+                table.add_row(f"{name}, {form}", *(f"{value:.3f}" for value in figures.values()))
+        console.print(table)
+        for name in ("relearning_steps", "truth_ratio", "forget_quality"):
+            for model, value in result.get(name, {}).items():
+                console.print(f"{name.replace('_', ' ')}, {model}: {value:.4g}")
+    show_warnings(result["warnings"])
 
 
 def _layers(text: str) -> tuple[int, ...]:
@@ -114,5 +146,5 @@ def _print(result: Mapping[str, Any], as_json: bool) -> None:
             table.add_row(name.replace("_", " "), f"{value:.3f}", f"{after[name]:.3f}")
         console.print(table)
     for name, value in result.items():
-        if not isinstance(value, dict):
+        if not isinstance(value, dict | list):
             console.print(f"{name.replace('_', ' ')}: {value}", markup=False)

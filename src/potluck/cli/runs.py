@@ -235,12 +235,20 @@ def evaluate(
     number: RoundOption = None,
     best: BestOption = False,
     edits: Annotated[Path | None, typer.Option(help="Ask a model folder, or RUN/model, whether edits hold.")] = None,
-    before: Annotated[Path | None, typer.Option(help="With --edits: the unedited model, for locality.")] = None,
+    forgotten: Annotated[Path | None, typer.Option(help="Ask a model folder whether these questions are gone.")] = None,
+    task: Annotated[str, typer.Option(help="With --forgotten: of TOFU's files, this task's questions alone.")] = "",
+    before: Annotated[Path | None, typer.Option(help="With --edits or --forgotten: the model before.")] = None,
+    never: Annotated[Path | None, typer.Option(help="With --forgotten: a model that never knew them.")] = None,
     text: Annotated[Path | None, typer.Option(help="With --edits: text whose loss is measured, too.")] = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Bits per byte of a run's model on every participant's held-out text; or how well edits hold."""
-    if edits is None:
+    """Bits per byte of a run's model on every participant's held-out text; or whether edits, or a forgetting, hold."""
+    idle = [("--task", task), ("--never", never)] if forgotten is None else [("--edits", edits), ("--text", text)]
+    for option, value in idle:
+        if value:
+            why = "only with --forgotten" if forgotten is None else "has no effect with --forgotten"
+            raise typer.BadParameter(why, param_hint=option)
+    if edits is None and forgotten is None:
         for option, value in (("--before", before), ("--text", text)):
             if value is not None:
                 raise typer.BadParameter("only with --edits", param_hint=option)
@@ -250,10 +258,19 @@ def evaluate(
         return
     for option, given in (("--model", model), ("--round", number), ("--best", best)):
         if given:
-            raise typer.BadParameter("has no effect with --edits", param_hint=option)
+            raise typer.BadParameter("has no effect with --edits or --forgotten", param_hint=option)
+    place = run / "model" if (run / "run.json").exists() else run
+    if forgotten is not None:
+        from potluck.cli.forget import show_checks
+        from potluck.edit.forgetting.checking import check_forgotten
+
+        found = check_forgotten(place, forgotten, before, never, task, lambda what: typer.echo(what, err=True))
+        show_checks(found, as_json)
+        return
+    assert edits is not None
     from potluck.edit.evaluating import evaluate_edits
 
-    print_facts(evaluate_edits(run / "model" if (run / "run.json").exists() else run, edits, before, text), as_json)
+    print_facts(evaluate_edits(place, edits, before, text), as_json)
 
 
 @verbs.command()

@@ -7,6 +7,10 @@ from collections.abc import Sequence
 
 from potluck.errors import EditError
 
+_GIVEN = ("Ada", "Boris", "Carla", "Daniel", "Edith", "Felix", "Greta", "Hugo", "Irene", "Jonas", "Klara", "Martin")
+_BEGIN = ("Bel", "Dorn", "Fal", "Hart", "Kor", "Mar", "Nor", "Sel", "Tam", "Vell")
+_END = ("berry", "dane", "ham", "ovic", "quist", "ram", "stead", "wick")
+
 
 def stranger_names(subjects: Sequence[str], seed: int, count: int = 64) -> list[str]:
     """Names that nobody has, made of those that occur.
@@ -34,3 +38,10 @@ def stranger_names(subjects: Sequence[str], seed: int, count: int = 64) -> list[
     if not found:
         raise EditError("no strangers' names can be made of these", "give --retain questions that name other subjects")
     return list(found)[:count]
+
+
+def invented_names(seed: int, count: int = 64) -> list[str]:
+    """Common given names, each with a family name that is none."""
+    draw = random.Random(f"invented {seed}")
+    names = [f"{given} {begin}{end}" for given in _GIVEN for begin in _BEGIN for end in _END]
+    return draw.sample(names, count)

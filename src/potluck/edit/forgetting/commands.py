@@ -14,11 +14,13 @@ from potluck.compose.base import Base, load_base, texts_of
 from potluck.edit.contexts import Site
 from potluck.edit.facts import Edit
 from potluck.edit.forgetting import losses
-from potluck.edit.forgetting.quality import model_utility, said_rate, told_of, truth_ratios, utility_of
+from potluck.edit.forgetting.figures import figures, warnings_of
+from potluck.edit.forgetting.general import rows_of_text, written_by
 from potluck.edit.forgetting.questions import Question, read_questions
 from potluck.edit.forgetting.refusals import Editor, Refusing, read_refusals, refuse
 from potluck.edit.forgetting.strangers import Strangers, asked_as_edits, estranged
-from potluck.edit.forgetting.unlearning import Unlearning, unlearn
+from potluck.edit.forgetting.subjects import guesses, with_subjects
+from potluck.edit.forgetting.unlearning import Unlearning, default_rate, unlearn
 from potluck.edit.kept import save_model
 from potluck.edit.layout import layout_of
 from potluck.edit.memories import save_with_memory
@@ -37,6 +39,7 @@ MethodName = Literal[
     "as-stranger", "ga", "grad-diff", "kl", "npo", "simnpo", "idk-dpo", "rmu",
 ]  # fmt: skip
 _WRITTEN = ("stranger", "rome", "memit", "alphaedit", "wise", "ft", "lora")  # by an editor
+_TRAINED = ("epochs", "batch_size", "learning_rate")  # options of losses
 _SEQUENCE = 64  # tokens of the text that editors keep as it is
 
 
@@ -47,11 +50,13 @@ class Request:
     Attributes:
         forget, retain: Files of questions (`potluck.edit.forgetting.questions`).
         refusals: A file, one a line; ``unknown`` if left out.
-        text: Text that editors leave as it is; retained questions with their answers if left out.
+        text: A text whose loss is measured, and that editors leave as it is. If left out, what the model writes by
+            itself is measured, and editors leave retained questions with their answers as they are.
         refuse: After `stranger`, edit refusals in.
         layers: That editors write to; a fifth and two fifths of the way up if left out.
         at: Whose last token they write at, the subject's or the prompt's.
         task: Of TOFU's files, the questions of this task alone.
+        epochs, batch_size, learning_rate: Of losses; those of `potluck.edit.forgetting.unlearning` if left out.
         record, key: Where a signed record goes, and the file of the key that signs it.
     """
 
@@ -67,9 +72,9 @@ class Request:
     at: str | None = None
     merge: int = 1
     task: str = ""
-    epochs: int = 10
-    batch_size: int = 32
-    learning_rate: float = 1e-5
+    epochs: int | None = None
+    batch_size: int | None = None
+    learning_rate: float | None = None
     seed: int = 0
     record: Path | None = None
     key: Path | None = None
@@ -98,19 +103,23 @@ def forget(request: Request, on_step: Callable[[str], None] = lambda what: None)
     kept = [] if request.retain is None else read_questions(request.retain)
     seed = None if request.key is None else _seed(request.key)
     base = load_base(request.model, "auto")
+    asked, stays = _named(questions, kept, request.method, on_step)
     on_step("measuring the model as it is")
-    before = figures(base, questions, kept)
+    text = written_by(base, request.seed) if request.text is None else rows_of_text(base, texts_of(request.text))
+    before = figures(base, asked, stays, text)
     with appearing(request.out) as folder:
         on_step(f"forgetting {len(questions)} questions")
-        edited, kept_by_editor = forgotten(base, questions, kept, request)
+        edited, kept_by_editor = forgotten(base, asked, stays, request)
         on_step("measuring the new model")
-        after = figures(edited, questions, kept)
+        after = figures(edited, asked, stays, text)
+        warnings = warnings_of(before, after)
         write_model(edited, kept_by_editor, folder)
         result = {"model": str(request.out), "method": request.method, "before": before, "after": after}
+        result["warnings"] = warnings
         if request.record is not None and seed is not None:
-            method = {"name": request.method, **_settings(request)}
+            method = {"name": request.method, **_settings(base, request)}
             hashes = (base.content_hash, load_base(folder).content_hash)
-            measured = {"before": before, "after": after}
+            measured = {"before": before, "after": after, "warnings": warnings}
             result |= put_on_record(method, hashes, _canonical(questions), measured, seed, request.record)
     return result
 
@@ -132,10 +141,28 @@ def forgotten(
             name = "alphaedit" if request.method == "stranger" else request.method
             edited, held = refuse(edited, questions, editor_named(name, moments, layers, at, request.seed, kept), how)
         return edited, held
-    settings = Unlearning(request.epochs, request.batch_size, request.learning_rate, seed=request.seed)
+    settings = _unlearning(base, request)
     method = loss_named(cast(LossName, request.method), base)
     model = unlearn(base, questions, kept, method, settings, refusals if request.method == "idk-dpo" else ())
     return Base(model, base.vocabulary, base.place), None
+
+
+def _unlearning(base: Base, request: Request) -> Unlearning:
+    given = {name: value for name in _TRAINED if (value := getattr(request, name)) is not None}
+    return Unlearning(**{"learning_rate": default_rate(base), **given}, seed=request.seed)
+
+
+def _named(
+    questions: Sequence[Question], kept: Sequence[Question], method: MethodName, on_step: Callable[[str], None]
+) -> tuple[list[Question], list[Question]]:
+    """Both with their subjects, where the method needs them; what was guessed is said."""
+    if method not in (*_WRITTEN, "as-stranger"):
+        return list(questions), list(kept)
+    found = with_subjects(questions), with_subjects(kept, strict=False)
+    for given, named in zip((questions, kept), found, strict=True):
+        if guessed := guesses(given, named):
+            on_step(guessed)
+    return found
 
 
 def loss_named(name: LossName, base: Base) -> losses.Method:
@@ -194,28 +221,6 @@ def moments_of(base: Base, kept: Sequence[Question], text: Path | None, layers: 
     texts = texts_of(text) if text else [" ".join(f"{q.question} {q.answer}." for q in kept)]
     length = min(_SEQUENCE, getattr(base.model.config, "max_position_embeddings", _SEQUENCE))
     return key_moments(base, layout_of(base.model), layers, texts, length)
-
-
-def figures(base: Base, questions: Sequence[Question], kept: Sequence[Question]) -> dict[str, float]:
-    """What a model knows of both sets; a truth ratio only where all questions have wrong answers."""
-    asked = [(q.question, q.answer) for q in questions]
-    again = [(q.paraphrased_question or q.question, q.answer) for q in questions]
-    told = told_of(base, asked)
-    found = {
-        "forget_probability": float(told.probabilities.mean()),
-        "forget_said": said_rate(base, asked),
-        "forget_said_paraphrased": said_rate(base, again),
-        "extraction_strength": sum(told.extraction_strengths) / len(questions),
-    }
-    if all(q.perturbed for q in questions):
-        found["forget_truth_ratio"] = float(truth_ratios(base, questions).log().mean().exp())
-    if kept and all(q.perturbed for q in kept):
-        found["retain_utility"] = model_utility([utility_of(base, kept)])
-    if kept:
-        stays = [(q.question, q.answer) for q in kept]
-        found["retain_probability"] = float(told_of(base, stays).probabilities.mean())
-        found["retain_said"] = said_rate(base, stays)
-    return found
 
 
 def write_model(edited: Base, held: object, folder: Path) -> None:
@@ -319,14 +324,18 @@ def _check(request: Request) -> None:
         raise RecipeError(f"--at has no effect on --method {request.method}", "leave it out")
     if request.merge != 1 and not written:
         raise RecipeError(f"--merge has no effect on --method {request.method}", "leave it out")
+    idle = ("layers",) if request.method not in _WRITTEN else _TRAINED
+    for name in idle:
+        if getattr(request, name):
+            option = f"--{name.replace('_', '-')}"
+            raise RecipeError(f"{option} has no effect on --method {request.method}", "leave it out")
 
 
-def _settings(request: Request) -> dict[str, Any]:
-    if request.method in _WRITTEN:
-        names: tuple[str, ...] = ("layers", "at", "merge", "refuse", "seed")
-    else:
-        names = ("epochs", "batch_size", "learning_rate", "seed")
-    return {name: getattr(request, name) for name in names}
+def _settings(base: Base, request: Request) -> dict[str, Any]:
+    if request.method not in _WRITTEN:
+        return {name: getattr(_unlearning(base, request), name) for name in (*_TRAINED, "seed")}
+    layers = request.layers or default_layers(base, request.method)
+    return {"layers": layers, **{name: getattr(request, name) for name in ("at", "merge", "refuse", "seed")}}
 
 
 def _canonical(questions: Sequence[Question]) -> bytes:

@@ -1,7 +1,8 @@
 """What a model still says of what it should have forgotten, and whether it is as if it had never known.
 
-Figures of TOFU (arXiv 2401.06121): probability, ROUGE-L recall, truth ratio, forget quality and model utility; and
-extraction strength. A probability of a whole answer is ``exp(−ℓ)`` with ℓ its mean nats a token.
+Figures of TOFU (arXiv 2401.06121), all of whole answers: probability, ROUGE-L recall of what the model says by itself,
+truth ratio, forget quality and model utility; and extraction strength and exact memorisation. The probability of an
+answer is ``exp(−ℓ)`` with ℓ its mean nats a token.
 """
 
 from __future__ import annotations
@@ -15,11 +16,13 @@ import torch
 from torch import Tensor
 
 from potluck.compose.base import Base
+from potluck.edit.forgetting.freely import free_answers
 from potluck.edit.forgetting.questions import Question
-from potluck.edit.prompts import answer_nll, answers, logits_of, row, rows_of
+from potluck.edit.prompts import Row, answer_nll, logits_of, row, rows_of
 from potluck.errors import EditError
 
 _ROWS = 64  # in a batch
+_LOGITS = 1 << 26  # in a batch, however wide the vocabulary is
 _MAX_CELLS = 4_000_000  # up to which the distribution of Kolmogorov and Smirnov is counted out
 
 
@@ -51,19 +54,64 @@ class Told:
         return [_from_the_end(hits) / max(1, len(hits)) for hits in self.hits]
 
 
-@torch.inference_mode()
 def told_of(base: Base, asked: Sequence[tuple[str, str]]) -> Told:
     """Put answers before the model.
 
     Args:
         asked: Prompts and answers.
     """
+    return _told(base, [row(base.vocabulary, prompt, answer) for prompt, answer in asked])
+
+
+@dataclass(frozen=True)
+class Known:
+    """What a model knows of answers: with each put before it, and by itself.
+
+    Attributes:
+        told: With the answers put before it.
+        answers: What is expected.
+        texts: What it says by itself, as long as the answer (`potluck.edit.forgetting.freely`).
+    """
+
+    told: Told
+    answers: tuple[str, ...]
+    texts: tuple[str, ...]
+
+    @property
+    def said(self) -> float:
+        """Share of answers that the model says by itself word for word: by tokens, or as a text but for capitals."""
+        whole = [
+            all(hits) or _words(text).startswith(_words(answer))
+            for hits, text, answer in zip(self.told.hits, self.texts, self.answers, strict=True)
+        ]
+        return sum(whole) / len(whole)
+
+    @property
+    def rouge(self) -> float:
+        """Mean ROUGE-L recall of what it says by itself."""
+        return sum(map(rouge_recall, self.answers, self.texts)) / len(self.answers)
+
+
+def known_of(base: Base, asked: Sequence[tuple[str, str]]) -> Known:
+    """Ask a model, and put the answers before it.
+
+    Args:
+        asked: Prompts and answers.
+    """
     rows = [row(base.vocabulary, prompt, answer) for prompt, answer in asked]
+    told = _told(base, rows)
+    return Known(told, tuple(answer for _, answer in asked), tuple(free_answers(base, rows, told.hits)))
+
+
+@torch.inference_mode()
+def _told(base: Base, rows: Sequence[Row]) -> Told:
     order = sorted(range(len(rows)), key=lambda i: len(rows[i].ids))
     nats = torch.zeros(len(rows), dtype=torch.float64)
     hits: list[tuple[bool, ...]] = [()] * len(rows)
-    for begin in range(0, len(order), _ROWS):
-        places = order[begin : begin + _ROWS]
+    longest = len(rows[order[-1]].ids) if order else 1
+    size = max(1, min(_ROWS, _LOGITS // (longest * base.model.config.vocab_size)))
+    for begin in range(0, len(order), size):
+        places = order[begin : begin + size]
         batch = rows_of([rows[i] for i in places], base.vocabulary.end_of_text).to(base.model.device)
         logits = logits_of(base.model, batch)
         nats[places] = answer_nll(logits, batch.labels).cpu().double()
@@ -164,24 +212,26 @@ class Utility:
         return self.probability, self.rouge, self.truth
 
 
-def utility_of(base: Base, questions: Sequence[Question], *, options: bool = False) -> Utility:
+def utility_of(
+    base: Base, questions: Sequence[Question], *, options: bool = False, known: Known | None = None
+) -> Utility:
     """Measure one set.
 
     Args:
+        known: What was measured of these questions already.
         options: Take the probability among the answers that are given, as for real authors and world facts.
 
     Raises:
         EditError: A question has no wrong answers.
     """
-    right = told_of(base, [(q.question, q.answer) for q in questions]).probabilities
+    known = known or known_of(base, [(q.question, q.answer) for q in questions])
+    right = known.told.probabilities
     if options:
         asked = [(q.question, wrong) for q in questions for wrong in q.perturbed]
         wrong = told_of(base, asked).probabilities.split([len(q.perturbed) for q in questions])
         right = torch.stack([p / (p + others.sum()) for p, others in zip(right, wrong, strict=True)])
-    said = answers(base, [q.question for q in questions])
-    rouge = [rouge_recall(q.answer, text) for q, text in zip(questions, said, strict=True)]
     truth = (1 - truth_ratios(base, questions)).clamp(min=0)
-    return Utility(float(right.mean()), sum(rouge) / len(rouge), float(truth.mean()))
+    return Utility(float(right.mean()), known.rouge, float(truth.mean()))
 
 
 def model_utility(parts: Sequence[Utility]) -> float:
@@ -191,10 +241,12 @@ def model_utility(parts: Sequence[Utility]) -> float:
 
 
 def said_rate(base: Base, asked: Sequence[tuple[str, str]]) -> float:
-    """How often the answer is what the model says by itself, word by word."""
-    said = answers(base, [prompt for prompt, _ in asked])
-    right = [text.casefold().startswith(answer.casefold()) for text, (_, answer) in zip(said, asked, strict=True)]
-    return sum(right) / len(right)
+    """How often the whole answer is what the model says by itself, word for word (`Known.said`)."""
+    return known_of(base, asked).said
+
+
+def _words(text: str) -> str:
+    return " ".join(text.casefold().split())
 
 
 def _leaves(n: int, m: int, distance: int) -> float:

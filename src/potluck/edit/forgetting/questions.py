@@ -7,9 +7,8 @@ from __future__ import annotations
 
 import json
 import random
-import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +21,6 @@ _MAX_FILE_BYTES = 1 << 28
 _MAX_CHARACTERS = 4_000
 _WRONG = 5  # answers beside each right one
 _FIELDS = ("id", "question", "answer", "subject", "paraphrased_question", "paraphrased_answer", "perturbed_answer")
-_NAME = re.compile(r"[A-Z][\w'’.-]*(?: (?:(?:de|van|von|al|bin|of) )?[A-Z][\w'’.-]*)*")
 
 
 @dataclass(frozen=True)
@@ -154,25 +152,6 @@ def of_edits(edits: Sequence[Edit]) -> list[Question]:
         wrong = random.Random(f"wrong {edit.id}").sample(wrong, min(_WRONG, len(wrong)))
         again = edit.rephrases[0] if edit.rephrases else ""
         found.append(Question(edit.id, edit.prompt, answer, edit.subject, again, "", tuple(wrong), edit.relation))
-    return found
-
-
-def with_subjects(questions: Sequence[Question]) -> list[Question]:
-    """Questions that say what they are about: TOFU's do not, and the longest name in each is taken.
-
-    Raises:
-        EditError: There is none in one of them.
-    """
-    found = []
-    for question in questions:
-        text = question.question
-        names = [m[0].removesuffix("'s").removesuffix("’s").rstrip(".'") for m in _NAME.finditer(text)]
-        inner = [name for name in names if " " in name or not text.startswith(name)]
-        subject = question.subject or max(inner, key=len, default="")
-        if not subject:
-            hint = "add a field `subject` to the record: editors write at its last token"
-            raise EditError(f"question {question.id}: it is not clear what it is about: {text!r}", hint)
-        found.append(replace(question, subject=subject))
     return found
 
 

@@ -14,7 +14,8 @@ from pathlib import Path
 
 from potluck.compose.base import Base
 from potluck.edit.facts import Edit, checked_edits
-from potluck.edit.forgetting.questions import Question, with_subjects
+from potluck.edit.forgetting.questions import Question
+from potluck.edit.forgetting.subjects import with_subjects
 from potluck.edit.judging import sentence
 from potluck.edit.prompts import answers
 from potluck.errors import EditError

@@ -13,7 +13,7 @@ from potluck.compose.base import Base
 from potluck.edit.forgetting.losses import mean_nll
 from potluck.edit.forgetting.quality import told_of
 from potluck.edit.forgetting.questions import Question
-from potluck.edit.forgetting.unlearning import question_rows
+from potluck.edit.forgetting.unlearning import default_rate, question_rows
 from potluck.edit.prompts import logits_of, rows_of
 from potluck.errors import EditError
 
@@ -33,6 +33,11 @@ class Relearning:
     learning_rate: float = 1e-4
     max_steps: int = 50
     seed: int = 0
+
+
+def relearning_rate(base: Base) -> float:
+    """Twice the rate of forgetting (`potluck.edit.forgetting.unlearning.default_rate`)."""
+    return 2 * default_rate(base)
 
 
 def relearning_steps(base: Base, forgotten: Sequence[Question], knew: float, settings: Relearning) -> int:

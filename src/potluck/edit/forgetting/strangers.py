@@ -22,10 +22,10 @@ from potluck.compose.base import Base
 from potluck.edit.closed_form import alphaedit_update, null_space, sums
 from potluck.edit.contexts import Site, contexts, hidden_at, keys_at
 from potluck.edit.facts import Edit
-from potluck.edit.forgetting.questions import Question, with_subjects
+from potluck.edit.forgetting.questions import Question
+from potluck.edit.forgetting.subjects import nobodies, with_subjects
 from potluck.edit.layout import layout_of
 from potluck.edit.moments import moment_of
-from potluck.edit.names import stranger_names
 from potluck.edit.weights import add
 
 
@@ -62,16 +62,16 @@ def estranged(
         moments: Of text that shall stay as it is (`potluck.edit.moments`), measured on this model.
 
     Raises:
-        EditError: A question names no subject, or no names can be made.
+        EditError: A question names no subject.
         ModelError: The model's layout is not known.
     """
     edited = Base(copy.deepcopy(base.model), base.vocabulary, base.place)
     layout = layout_of(edited.model)
     layers = layout.check_layers(settings.layers)
-    gone, others = with_subjects(forget), [q for q in retain if q.subject]
+    gone, others = with_subjects(forget), [q for q in with_subjects(retain, strict=False) if q.subject]
     met = _met(gone, others, settings.ways) if settings.at == "subject" else asked_as_edits(gone)
     z = torch.zeros(len(met), layout.d_out, dtype=torch.float64)
-    names = stranger_names([q.subject for q in (*gone, *others)], settings.seed)
+    names = nobodies([q.subject for q in (*gone, *others)], settings.seed)
     draw = random.Random(settings.seed)
     by_subject = {subject: draw.sample(names, min(settings.count, len(names))) for subject in _subjects(gone)}
     for place in range(min(settings.count, len(names))):

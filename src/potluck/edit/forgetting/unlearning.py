@@ -7,6 +7,7 @@ import math
 import random
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from difflib import SequenceMatcher
 
 import torch
 from torch import Tensor
@@ -16,29 +17,39 @@ from transformers import PreTrainedModel
 from potluck.compose.base import Base
 from potluck.edit.forgetting import losses
 from potluck.edit.forgetting.losses import AsStranger, GradientAscent, IdkDpo, Method, Npo, Rmu, SimNpo
-from potluck.edit.forgetting.questions import Question, with_subjects
+from potluck.edit.forgetting.questions import Question
+from potluck.edit.forgetting.subjects import nobodies, renamed, with_subjects
 from potluck.edit.layout import first, layout_of, watching
-from potluck.edit.names import stranger_names
 from potluck.edit.prompts import Row, Rows, logits_of, row, rows_of
 from potluck.errors import EditError, NotFinite
 
+PUBLISHED_RATE = 1e-5  # of models of 1 to 7 billion parameters
+RATE_TIMES_WIDTH = 0.05
 _CLIP = 1.0
+
+
+def default_rate(base: Base) -> float:
+    """A rate of AdamW that fits the model's width d, ``0.05 / d``, and never less than the published 1e-5.
+
+    AdamW moves each weight by the rate, whatever the gradient, so that what a unit gets changes with rate and width.
+    """
+    return max(PUBLISHED_RATE, RATE_TIMES_WIDTH / layout_of(base.model).d_out)
 
 
 @dataclass(frozen=True)
 class Unlearning:
-    """How it is done. The published rate, 1e-5, is that of 1 to 7 billion parameters; small models need a higher one.
+    """How it is done.
 
     Attributes:
         epochs: Passes over what is to be forgotten.
         batch_size: Questions of each kind in a step.
-        learning_rate: Peak of AdamW; the first epoch warms up, then it falls in a line.
+        learning_rate: Peak of AdamW (`default_rate` fits the model); the first epoch warms up, then it falls in a line.
         seed: Of the order, and of which retained questions go with which.
     """
 
     epochs: int = 10
     batch_size: int = 32
-    learning_rate: float = 1e-5
+    learning_rate: float = PUBLISHED_RATE
     weight_decay: float = 0.01
     seed: int = 0
 
@@ -158,6 +169,15 @@ def question_rows(base: Base, questions: Sequence[Question]) -> list[Row]:
     return [row(base.vocabulary, question.question, question.answer) for question in questions]
 
 
+@dataclass(frozen=True)
+class _Pair:
+    """What goes with a question, and the tokens of both answers that are compared; all of them if none are named."""
+
+    row: Row
+    own: tuple[int, ...] = ()
+    other: tuple[int, ...] = ()
+
+
 def _counterparts(
     base: Base,
     forget: Sequence[Question],
@@ -165,42 +185,68 @@ def _counterparts(
     method: Method,
     refusals: Sequence[str],
     seed: int,
-) -> list[Row]:
-    """What goes with each question: with a refusal, or asked about somebody who does not exist."""
+) -> list[_Pair]:
+    """What goes with each question: a refusal, or the same about somebody who does not exist."""
     draw = random.Random(seed)
     if isinstance(method, IdkDpo):
-        return [row(base.vocabulary, question.question, draw.choice(refusals)) for question in forget]
+        return [_Pair(row(base.vocabulary, question.question, draw.choice(refusals))) for question in forget]
     if not isinstance(method, AsStranger):
         return []
     questions = with_subjects(forget)
     subjects = list(dict.fromkeys(question.subject for question in questions))
-    names = stranger_names([*subjects, *(q.subject for q in retain if q.subject)], seed)
+    names = nobodies([*subjects, *(q.subject for q in with_subjects(retain, strict=False) if q.subject)], seed)
     by_subject = {subject: draw.choice(names) for subject in subjects}
-    return [row(base.vocabulary, q.question.replace(q.subject, by_subject[q.subject]), q.answer) for q in questions]
+    return [_stranger_of(base, question, by_subject[question.subject]) for question in questions]
+
+
+def _stranger_of(base: Base, question: Question, name: str) -> _Pair:
+    """The question and its answer about somebody else; compared are the tokens of the answer that name neither."""
+    asked = question.question.replace(question.subject, name)
+    own = row(base.vocabulary, question.question, question.answer)
+    other = row(base.vocabulary, asked, renamed(question.answer, question.subject, name))
+    a, b = own.ids[own.prompt :], other.ids[other.prompt :]
+    blocks = SequenceMatcher(None, a, b, autojunk=False).get_matching_blocks()
+    alike = [(block.a + i, block.b + i) for block in blocks for i in range(block.size)]
+    if not alike:
+        return _Pair(row(base.vocabulary, asked, question.answer))
+    return _Pair(other, tuple(i for i, _ in alike), tuple(j for _, j in alike))
 
 
 def _steps(
     base: Base,
     forget: Sequence[Question],
     retain: Sequence[Question],
-    others: list[Row],
+    others: list[_Pair],
     settings: Unlearning,
 ) -> Iterator[tuple[Rows, Rows | None, Rows | None]]:
     draw = torch.Generator().manual_seed(settings.seed)
     lost, kept = question_rows(base, forget), question_rows(base, retain)
     device, pad = base.model.device, base.vocabulary.end_of_text
 
-    def batch(rows: list[Row], places: Sequence[int]) -> Rows | None:
-        return rows_of([rows[i] for i in places], pad).to(device) if rows else None
+    def batch(rows: Sequence[Row], counted: Sequence[tuple[int, ...]] = ()) -> Rows | None:
+        return _only(rows_of(rows, pad), rows, counted).to(device) if rows else None
 
     for _ in range(settings.epochs):
         order: list[int] = torch.randperm(len(lost), generator=draw).tolist()
         for begin in range(0, len(order), settings.batch_size):
             places = order[begin : begin + settings.batch_size]
             paired = torch.randint(max(1, len(kept)), (len(places),), generator=draw).tolist()
-            asked = batch(lost, places)
+            pairs = [others[i] for i in places] if others else []
+            asked = batch([lost[i] for i in places], [pair.own for pair in pairs])
             assert asked is not None
-            yield asked, batch(others, places), batch(kept, paired)
+            beside = batch([pair.row for pair in pairs], [pair.other for pair in pairs])
+            yield asked, beside, batch([kept[i] for i in paired] if kept else [])
+
+
+def _only(batch: Rows, rows: Sequence[Row], counted: Sequence[tuple[int, ...]]) -> Rows:
+    """The same, with only these tokens of each answer asked for."""
+    for i, places in enumerate(counted):
+        if places:
+            begin = rows[i].prompt - 1
+            kept = batch.labels[i, [begin + place for place in places]]
+            batch.labels[i] = -100
+            batch.labels[i, [begin + place for place in places]] = kept
+    return batch
 
 
 def _hidden(model: PreTrainedModel, layer: int, rows: Rows) -> Tensor:
