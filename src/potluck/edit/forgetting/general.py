@@ -16,7 +16,7 @@ from potluck.errors import CorpusError
 
 _ROWS = 16  # of text that the model writes
 _LENGTH = 128  # tokens of a row
-_TOKENS = 8192  # of a text, at most
+_TOKENS = 4096  # of a text, at most
 _LOGITS = 1 << 26
 
 

@@ -18,6 +18,7 @@ from torch import Tensor
 from potluck.compose.base import Base
 from potluck.edit.forgetting.freely import free_answers
 from potluck.edit.forgetting.questions import Question
+from potluck.edit.judging import begins
 from potluck.edit.prompts import Row, answer_nll, logits_of, row, rows_of
 from potluck.errors import EditError
 
@@ -79,9 +80,9 @@ class Known:
 
     @property
     def said(self) -> float:
-        """Share of answers that the model says by itself word for word: by tokens, or as a text but for capitals."""
+        """Share of answers that the model says by itself word for word: by tokens or by text."""
         whole = [
-            all(hits) or _words(text).startswith(_words(answer))
+            all(hits) or begins(text, answer)
             for hits, text, answer in zip(self.told.hits, self.texts, self.answers, strict=True)
         ]
         return sum(whole) / len(whole)
@@ -243,10 +244,6 @@ def model_utility(parts: Sequence[Utility]) -> float:
 def said_rate(base: Base, asked: Sequence[tuple[str, str]]) -> float:
     """How often the whole answer is what the model says by itself, word for word (`Known.said`)."""
     return known_of(base, asked).said
-
-
-def _words(text: str) -> str:
-    return " ".join(text.casefold().split())
 
 
 def _leaves(n: int, m: int, distance: int) -> float:
