@@ -126,7 +126,8 @@ def generate_together(
     key_from: str,
 ) -> Result:
     """A prompt's continuation by a base and its assistants, and what each of them was asked."""
-    base, here, others = _together(source, assistants, key_from)
+    warnings: list[str] = []
+    base, here, others = _together(source, assistants, key_from, warnings)
     vocabulary = base.vocabulary
     rule = rule_of(choice, base, others)
     context = [vocabulary.end_of_text, *vocabulary.tokenizer.encode(prompt, add_special_tokens=False).ids]
@@ -134,23 +135,31 @@ def generate_together(
     found = decode(here, others, rule, context, max_tokens=max_tokens, end_of_text=end, sampling=sampling)
     asked = {name: {"said": found.said[name], **asdict(counts)} for name, counts in found.counts.items()}
     text = vocabulary.tokenizer.decode(found.tokens)
-    return {"prompt": prompt, "text": text, "rule": choice.rule, "models": asked}
+    return {"prompt": prompt, "text": text, "rule": choice.rule, "models": asked, "warnings": warnings}
 
 
 def defer(source: Path, assistants: Sequence[str], data: Path, to: Path, lesson: Lesson, key_from: str) -> Result:
     """Learn when the assistants of a base should speak, from a little text, and keep it in a folder."""
-    base, here, others = _together(source, assistants, key_from)
+    warnings: list[str] = []
+    base, here, others = _together(source, assistants, key_from, warnings)
     learnt = learn_deferral(base, here, others, texts_of(data), lesson)
     save_deferral(learnt, to)
-    return {"deferral": str(to), "threshold": learnt.threshold, **learnt.figures}
+    nats = learnt.figures["nats_per_token"]
+    if not nats["deferral"] < nats[here.name]:
+        warnings.append(
+            f"{to}: does not help: {nats[here.name]:.4f} nats per token alone, {nats['deferral']:.4f} with it"
+        )
+    return {"deferral": str(to), "threshold": learnt.threshold, **learnt.figures, "warnings": warnings}
 
 
-def _together(source: Path, assistants: Sequence[str], key_from: str) -> tuple[Base, Here, list[NextToken]]:
+def _together(
+    source: Path, assistants: Sequence[str], key_from: str, warnings: list[str]
+) -> tuple[Base, Here, list[NextToken]]:
     if key_from and not any("://" in place for place in assistants):
         raise RecipeError("--api-key-env has no effect: no assistant is an endpoint")
     base = _base(source)
     here = Here(base.place, base.model, base.vocabulary.size)
-    return base, here, [opened(place, base, _base, key_from) for place in assistants]
+    return base, here, [opened(place, base, _base, key_from, warnings.append) for place in assistants]
 
 
 def _base(source: Path) -> Base:

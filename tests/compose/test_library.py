@@ -357,7 +357,7 @@ def test_what_does_not_fit_is_not_offered(base: Base, begun: Path, tmp_path: Pat
     with pytest.raises(RecipeError, match="who "):
         card_of("ada", folder, base, specification, who="\x1b[2J")
     (folder / "potluck.json").write_text(json.dumps({"base_hash": "f" * 64}))
-    with pytest.raises(ModelError, match="trained on other weights"):
+    with pytest.raises(ModelError, match="trained on another base"):
         card_of("ada", folder, base, specification)
     save_adapter(Adapter({PATH: Factors(torch.ones(2, 8), torch.ones(8, 2))}), tmp_path / "small")
     with pytest.raises(ModelError, match="8 to 8, the base 32 to 32"):
@@ -415,6 +415,35 @@ def test_add_says_what_it_did(potluck: Potluck, at: Path, base_folder: Path, tex
     assert done["specification_bytes"] <= 30_000 and done["windows"] > 7
     assert "another entry ada" in potluck(*words, "--who", "somebody", code=8).err
     assert "outcome: replaced" in potluck(*words, "--who", "somebody", "--replace").out
+
+
+def test_an_adapter_without_effect_is_said_to_be_one(
+    potluck: Potluck, at: Path, base_folder: Path, texts: Path
+) -> None:
+    """When it is added and when others are grouped; the entry says what it gains."""
+    nothing = {PATH: Factors(torch.ones(1, 32), torch.zeros(32, 1))}
+    save_adapter(Adapter(nothing, base="hub/other"), at / "idle")
+    words = ("library", "add", at / "library", at / "idle", "--base", base_folder, "--data", texts / "ada")
+    done = potluck(*words, "--json")
+    doubted = ("hub/other, and this base is", "all its products are zero", "has no effect")
+    assert (
+        [word for word in doubted if word not in done.err]
+        == []
+        == [word for word in doubted if not any(word in warning for warning in done.result["warnings"])]
+    )
+    assert "reading the text" in done.err  # progress
+    cards = potluck("library", "list", at / "library", "--json").result["entries"]
+    assert {card["name"]: card["gain"] for card in cards}["idle"] == 0
+    grouped = potluck("library", "cluster", at / "library", "--k", "3", "--json")
+    assert "idle: left out" in grouped.err and len(grouped.result["clusters"]) == 3
+
+
+def test_a_library_is_begun_once(base: Base, tmp_path: Path) -> None:
+    said: list[str] = []
+    open_library(str(tmp_path / "new"), begun_with=base, say=said.append).close()
+    assert "the base writes text of its own" in said[0] and not (tmp_path / "new/begun").is_dir()
+    open_library(str(tmp_path / "new"), begun_with=base, say=said.append).close()
+    assert len(said) == 4
 
 
 def test_search_finds_whose_text_it_is(potluck: Potluck, at: Path, base_folder: Path, texts: Path) -> None:

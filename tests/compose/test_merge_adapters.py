@@ -19,10 +19,19 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 from transformers.pytorch_utils import Conv1D
 
+from potluck.aggregation.statistics import Statistics
 from potluck.compose.adapter import Adapter, Factors, load_adapter, save_adapter
 from potluck.compose.lora import attached
 from potluck.compose.low_rank import canonical, concatenated, decomposed, truncated
-from potluck.compose.merging.adapters import ADAPTER_METHODS, Lego, Sum, TruncatedSvd, default_weights, merge_adapters
+from potluck.compose.merging.adapters import (
+    ADAPTER_METHODS,
+    MEASURED,
+    Lego,
+    Sum,
+    TruncatedSvd,
+    default_weights,
+    merge_adapters,
+)
 from potluck.compose.merging.rules import RULES, DareLinear, Ties, merged
 from potluck.compose.merging.sketch import sketched
 from potluck.errors import ModelError, RecipeError
@@ -98,6 +107,16 @@ def logits_with_peft(folder: Path, model: Any) -> Tensor:
     with torch.inference_mode():
         logits: Tensor = peft.PeftModel.from_pretrained(model, folder).eval()(TOKENS).logits
     return logits
+
+
+def zero(form: tuple[int, int, int] = (2, 6, 4)) -> Factors:
+    return Factors(torch.randn(form[0], form[1]), torch.zeros(form[2], form[0]))
+
+
+def statistics_of(kind: str, times: float) -> Statistics:
+    gram = {"p.gram": times * torch.eye(6).double()}
+    rows = {"p.rows": times * torch.ones(4).double(), "p.columns": times * torch.ones(6).double()}
+    return Statistics(kind, gram if kind == "gram" else rows, 10, "0" * 64)
 
 
 # --- exactness -----------------------------------------------------------------------------------
@@ -368,6 +387,23 @@ def test_every_method_has_a_name(potluck: Any, folders: Mapping[str, Path], tmp_
     assert read.about["method"] == name and read.rank <= 11
 
 
+@pytest.mark.parametrize("name", ADAPTER_METHODS)
+def test_adapters_that_add_nothing_are_merged_to_nothing(name: str) -> None:
+    method = ADAPTER_METHODS[name]()
+    known = [statistics_of(MEASURED[type(method)], 1.0)] * 2 if type(method) in MEASURED else []
+    found = merge_adapters([Adapter({"p": zero()}), Adapter({"p": zero()})], method, statistics=known)
+    assert apart(delta(found.modules["p"]) + 1, torch.ones(4, 6)) <= 1e-6
+
+
+@pytest.mark.parametrize("name", ["regmean", "fisher"])
+def test_where_no_text_ever_came_the_merge_is_the_mean(name: str) -> None:
+    parts = [Factors(torch.randn(2, 6), torch.randn(4, 2)) for _ in range(2)]
+    method = ADAPTER_METHODS[name]()
+    known = [statistics_of(MEASURED[type(method)], 0.0)] * 2
+    found = merge_adapters([Adapter({"p": part}) for part in parts], method, rank=4, statistics=known)
+    assert apart(delta(found.modules["p"]), sum(map(delta, parts), torch.zeros(())) / 2) <= 1e-5
+
+
 @pytest.mark.parametrize("build", [llama, gpt2])
 def test_merge_into_a_base_writes_a_model(potluck: Any, tmp_path: Path, build: Callable[[], Any]) -> None:
     base, part = tmp_path / "base", trained(tmp_path / "part", 3, build(), use_rslora=True)
@@ -384,17 +420,45 @@ def test_a_base_that_the_adapter_is_not_for(potluck: Any, tmp_path: Path) -> Non
     write_tokenizer(tmp_path / "base")
     factors = {"transformer.h.0.attn.c_attn": (32, 96), "lm_head": (32, 50)}
     for path, about, word in (
-        ("transformer.h.0.attn.c_attn", {"base_hash": "another"}, "not the base that the adapters were trained on"),
-        ("lm_head", {}, "its output head is its embedding"),
-        ("transformer.h.7.attn.c_attn", {}, "no linear map transformer.h.7"),
+        ("transformer.h.0.attn.c_attn", {"base_hash": "another"}, "part: was trained on another base than base"),
+        ("lm_head", {}, "its weight is also transformer.wte.weight"),
+        (
+            "transformer.h.77.attn.c_attn",
+            {},
+            "no linear map transformer.h.77.attn.c_attn: its transformer.h are 0 to 1",
+        ),
     ):
         d_in, d_out = factors.get(path, (32, 96))
         save_adapter(
             Adapter({path: Factors(torch.ones(1, d_in), torch.ones(d_out, 1))}, about=about), tmp_path / "part"
         )
         said = potluck("merge", "part", "--method", "sum", "--into-base", "base", "--out", "full", code=5).err
-        assert word in said and not (tmp_path / "full").exists()
+        assert word in " ".join(said.split()) and not (tmp_path / "full").exists()
         (tmp_path / "part" / "potluck.json").unlink(missing_ok=True)
+
+
+def test_a_merge_that_does_harm_or_nothing_says_so(potluck: Any, tmp_path: Path) -> None:
+    """On standard error, in the JSON and in the folder's record; a base of another name is doubted."""
+    model = llama()
+    model.save_pretrained(tmp_path / "base")
+    write_tokenizer(tmp_path / "base")
+    path = "model.layers.0.mlp.down_proj"
+    for name, size in (("wild", 30.0), ("nothing", 0.0)):
+        save_adapter(
+            Adapter({path: Factors(torch.ones(1, 48), size * torch.randn(32, 1))}, "hub/other"), tmp_path / name
+        )
+    (tmp_path / "text.txt").write_text("!" * 600)
+    words = ("--method", "sum", "--base", "base", "--data", "text.txt", "--out", "out", "--json")
+    done = potluck("merge", "wild", "nothing", *words)
+    said = done.result["warnings"]
+    for word in (
+        "wild: says that it was trained on hub/other",
+        "nothing: all its products are zero",
+        "out: worse than",
+    ):
+        assert any(word in warning for warning in said) and word in " ".join(done.err.split())
+    effect = json.loads((tmp_path / "out" / "potluck.json").read_text())["effect"]
+    assert effect["after"] > effect["before"] and effect["tokens"] == done.result["effect"]["tokens"]
 
 
 def write_tokenizer(folder: Path) -> None:
@@ -413,7 +477,8 @@ def write_tokenizer(folder: Path) -> None:
         (["--method", "average"], 3, "no method average"),
         (["--method", "svd", "--density", "0.5"], 3, "--density has no effect on svd"),
         (["--method", "sum", "--lambda", "2"], 3, "--lambda has no effect on sum"),
-        (["--method", "svd", "--base", "x"], 3, "--base has no effect when merging adapters"),
+        (["--method", "svd", "--base", "x", "--into-base", "x"], 3, "name the base twice"),
+        (["--method", "svd", "--data", "x"], 3, "--data compares with the base"),
         (["--method", "svd", "--weights", "1,x"], 2, "numbers with commas"),
         (["--method", "ties", "--density", "0"], 3, "density"),
         (["--method", "svd", "--statistics", "x"], 3, "1 files of statistics for 2 adapters"),

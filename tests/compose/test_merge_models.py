@@ -305,9 +305,29 @@ def test_settings_that_mean_nothing(wrong: Callable[[], object]) -> None:
         wrong()
 
 
-def test_opposite_models_have_no_mean_direction() -> None:
-    with pytest.raises(RecipeError, match="cancel out"):
-        merged(MultiSlerp(), "w", torch.ones(2), vectors([1, 0], [-1, 0]))
+def test_opposite_vectors_of_one_tensor_leave_their_mean() -> None:
+    assert torch.equal(merged(MultiSlerp(), "w", torch.ones(2), vectors([1, 0], [-3, 0])), torch.tensor([[-1.0, 0]]))
+
+
+@pytest.mark.parametrize("name", [name for name in MODEL_METHODS if name != "linear"])
+@pytest.mark.parametrize("case", ["nobody", "one", "alike"])
+def test_a_tensor_that_nobody_changed_stays_the_bases(name: str, case: str) -> None:
+    """Frozen embeddings: zero task vectors, of all or of one; and equal ones."""
+    x, zero = [3.0, -1, 0.5, 2], [0.0] * 4
+    given = {"nobody": vectors(zero, zero), "one": vectors(x, zero), "alike": vectors(x, x)}[case]
+    found = merged(MODEL_METHODS[name](), "w", torch.full((2,), 0.5), given)
+    assert torch.isfinite(found).all() and (case != "nobody" or not found.any())
+    kept = found != 0  # of those that trim or drop
+    assert case != "alike" or name.startswith(("dare", "della")) or torch.allclose(found[kept], given[0][kept])
+
+
+@pytest.mark.parametrize("method", ["multislerp", "ties", "model_stock", "delta_guided"])
+def test_models_with_a_frozen_tensor_are_merged(folders: dict[str, Path], tmp_path: Path, method: str) -> None:
+    frozen = state(folders["base"])[EMBEDDING]
+    for name in "ab":
+        spoil(folders[name], lambda tensors: tensors.update({EMBEDDING: frozen.clone()}))
+    merge_models([folders["a"], folders["b"]], tmp_path / "out", MODEL_METHODS[method](), base=folders["base"])
+    assert torch.equal(state(tmp_path / "out")[EMBEDDING], frozen)
 
 
 def test_nothing_is_overwritten(family: Path, tmp_path: Path) -> None:

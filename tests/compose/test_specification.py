@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -16,6 +17,8 @@ from torch.nn.functional import normalize
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
 from potluck.compose.base import Base
+from potluck.compose.effect import affordable
+from potluck.compose.library import written
 from potluck.compose.library.search import Index, closeness, index_of, mixture, nearest, verdict
 from potluck.compose.library.simplex import nearest_mixture
 from potluck.compose.library.specification import (
@@ -26,7 +29,9 @@ from potluck.compose.library.specification import (
     read_specification,
     specification_of,
 )
+from potluck.compose.library.storage import Files
 from potluck.compose.library.tensors import packed
+from potluck.compose.library.written import written_by
 from potluck.compose.library.yardstick import (
     MAX_WINDOW as WINDOW,
 )
@@ -194,6 +199,45 @@ def test_the_yardstick_is_the_bases_alone(base: Base, measured: Yardstick) -> No
     )
     points = measured.measure(base, tokens(40), "cpu")
     assert points.shape == (40, 32) and torch.allclose(points.norm(dim=1), torch.ones(40), atol=1e-5)
+
+
+def kept_by(base: Base, folder: Path) -> list[str]:
+    """Text for a yardstick, told by what it said of its progress."""
+    said: list[str] = []
+    written_by(base, WINDOW, "cpu", 0, Files(folder), said.append)
+    return said
+
+
+@pytest.fixture
+def in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A tiny base counts as one that can afford 64 windows, in parts of 40."""
+    monkeypatch.setattr(written, "_OPERATIONS", 0.0)
+    monkeypatch.setattr(written, "_MANY_AT_ONCE", 40)
+
+
+@pytest.mark.usefixtures("in_parts")
+def test_what_a_base_wrote_is_not_written_again(base: Base, tmp_path: Path) -> None:
+    whole = written_by(base, WINDOW, "cpu", 0)
+    assert len(whole) == 64 * WINDOW and [line[-11:] for line in kept_by(base, tmp_path)] == [
+        "part 1 of 2",
+        "part 2 of 2",
+    ]
+    first, second = sorted((tmp_path / "begun").iterdir())
+    second.unlink()  # stopped here
+    assert [line[-11:] for line in kept_by(base, tmp_path)] == ["part 2 of 2"]
+    assert np.array_equal(written_by(base, WINDOW, "cpu", 0, Files(tmp_path)), whole)
+    content = bytearray(first.read_bytes())
+    content[-1] ^= 1
+    first.write_bytes(content)
+    assert [line[-11:] for line in kept_by(base, tmp_path)] == ["part 1 of 2"]  # damaged
+
+
+def test_a_large_base_writes_and_reads_less(base: Base) -> None:
+    parameters = sum(parameter.numel() for parameter in base.model.parameters())
+    costs = 2 * parameters * WINDOW
+    assert affordable(base.model, WINDOW, 100.5 * costs, 64, 512) == 100
+    assert affordable(base.model, WINDOW, costs, 64, 512) == 64
+    assert affordable(base.model, WINDOW, 1000 * costs, 64, 512) == 512
 
 
 def test_a_window_knows_nothing_of_its_neighbours(base: Base) -> None:

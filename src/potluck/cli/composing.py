@@ -26,7 +26,7 @@ _METHODS = (
     "Adapters: `svd`, `sum`, `lego`, `regmean`, `fisher`. Full models: `linear`, `slerp`, `multislerp`, `model_stock`, "
     "`delta_guided`. Both: `task_arithmetic`, `magnitude`, `ties`, `dare_linear`, `dare_ties`, `della`, `sce`."
 )
-_ADAPTERS, _MODELS, _SETTINGS = "For adapters", "For full models", "Settings of methods"
+_ADAPTERS, _SETTINGS = "For adapters", "Settings of methods"
 PartsArgument = Annotated[list[Path], typer.Argument(metavar="PART...", help="Folders of adapters, or of full models.")]
 NewFolderOption = Annotated[Path, typer.Option(help="The folder to write, a new one.")]
 MethodOption = Annotated[str, typer.Option(metavar="METHOD", help=_METHODS)]
@@ -34,7 +34,10 @@ WeightsOption = Annotated[str | None, typer.Option(metavar="W1,W2,...", help="On
 RankOption = Annotated[int | None, _panel(_ADAPTERS, "Of the merged adapter, at most.", min=1)]
 IntoBaseOption = Annotated[Path | None, _panel(_ADAPTERS, "Add the result to this base, and write a full model.")]
 StatisticsOption = Annotated[list[Path] | None, _panel(_ADAPTERS, "Of each adapter in turn, if not beside it.")]
-BaseOption = Annotated[Path | None, _panel(_MODELS, "What the models were trained from.")]
+BaseOption = Annotated[Path | None, typer.Option(help="What the parts were trained from; adapters are held to it.")]
+DataOption = Annotated[
+    Path | None, typer.Option(help="Text to compare the result with the base on: a folder of text files, or one file.")
+]
 DensityOption = Annotated[float | None, _panel(_SETTINGS, "Share of entries that stay.")]
 ScaleOption = Annotated[float | None, _panel(_SETTINGS, "Factor of what is added to the base.", "--lambda")]
 EpsilonOption = Annotated[float | None, _panel(_SETTINGS, "`della`: half the range of densities.")]
@@ -62,6 +65,7 @@ def merge(
     into_base: IntoBaseOption = None,
     statistics: StatisticsOption = None,
     base: BaseOption = None,
+    data: DataOption = None,
     density: DensityOption = None,
     scale: ScaleOption = None,
     epsilon: EpsilonOption = None,
@@ -90,7 +94,7 @@ def merge(
     }  # fmt: skip
     given = {name: value for name, value in settings.items() if value is not None}
     shares = None if weights is None else numbers(weights, "--weights")
-    request = Request(parts, out, method, given, shares, rank, base, into_base, statistics or ())
+    request = Request(parts, out, method, given, shares, rank, base, into_base, statistics or (), data)
     print_result(carry_out(request), as_json)
 
 

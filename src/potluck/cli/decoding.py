@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from potluck.cli.options import JsonOption, print_json, progress
+from potluck.cli.options import JsonOption, print_json, progress, warn
 from potluck.errors import RecipeError
 
 if TYPE_CHECKING:
@@ -58,6 +58,7 @@ def defer(
 
     lesson = Lesson(rate=rate, sequence_length=sequence_length, epochs=epochs, seed=seed)
     found = learn(base, assistants, data, out, lesson, api_key_env or "")
+    warn(found["warnings"])
     if as_json:
         print_json(found)
     else:
@@ -110,6 +111,7 @@ def continue_together(
         source, assistants, Choice(**given), prompt, max_tokens=max_tokens, sampling=Sampling(**settings),
         key_from=key_from or "",
     )  # fmt: skip
+    warn(found["warnings"])
     if as_json:
         print_json(found)
     else:

@@ -9,7 +9,7 @@ from typing import Annotated, Any
 
 import typer
 
-from potluck.cli.options import JsonOption, print_json, progress
+from potluck.cli.options import JsonOption, print_json, progress, warn
 
 library = typer.Typer(help="Keep adapters with what they are good for, find them, and route between them.")
 
@@ -68,8 +68,8 @@ def add(
         public=public, replace=replace,
     )  # fmt: skip
     console = progress()
-    with console.status("...") as status:
-        done = put(Place(place, registry), offer, status.update)
+    with console.status("...") as status:  # shows itself on terminals only
+        done = put(Place(place, registry), offer, status.update if console.is_terminal else console.print)
     _print(done, as_json)
 
 
@@ -96,7 +96,7 @@ def search(
     )  # fmt: skip
     _table(found["matches"], columns)
     if found["fit"] != "alike":
-        _warn(_FITS[found["fit"]].format(found["closeness"] or 0))
+        warn([_FITS[found["fit"]].format(found["closeness"] or 0)])
     _warn_of_damaged(found)
 
 
@@ -110,7 +110,7 @@ def entries(place: LibraryArgument, registry: RegistryOption = "", as_json: Json
     if as_json:
         print_json(found)
         return
-    _table(found["entries"], ("name", "rank", "parameters", "who", "licence", "noise", "added"))
+    _table(found["entries"], ("name", "rank", "parameters", "gain", "who", "licence", "noise", "added"))
     _warn_of_damaged(found)
 
 
@@ -158,6 +158,7 @@ def cluster(
     from potluck.compose.library.commands import cluster as group
 
     found = group(Place(place, registry), Grouping(k=k, seed=seed, merge=merge, rank=rank, out=out))
+    warn(found["warnings"])
     if as_json:
         print_json(found)
         return
@@ -190,6 +191,7 @@ def route(
     from potluck.compose.library.commands import route as measure
 
     found = measure(Place(place, registry), base, data, Routing(by.value, top_k, temperature, nearest))
+    warn(found["warnings"])
     if as_json:
         print_json(found)
         return
@@ -199,13 +201,14 @@ def route(
 
 
 def _print(result: Mapping[str, Any], as_json: bool) -> None:
+    warn(result.get("warnings", ()))
     if as_json:
         print_json(result)
         return
     from rich.console import Console
 
     for key, value in result.items():
-        if value not in ("", None, {}):
+        if key != "warnings" and value not in ("", None, {}):
             Console(highlight=False, soft_wrap=True).print(f"{key.replace('_', ' ')}: {_said(value)}", markup=False)
 
 
@@ -226,12 +229,6 @@ def _said(value: Any) -> str:
     return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
-def _warn(text: str) -> None:
-    from rich.markup import escape
-
-    progress().print(f"[yellow]warning:[/] {escape(text)}", soft_wrap=True)
-
-
 def _warn_of_damaged(found: Mapping[str, Any]) -> None:
     for reason in found["damaged"].values():
-        _warn(f"left out: {reason}")
+        warn([f"left out: {reason}"])

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -46,13 +46,23 @@ def parsed(parse: Callable[[str], float], text: str, option: str) -> float:
 
 
 def print_result(result: Mapping[str, Any], as_json: bool) -> None:
-    """A result, as a table or as JSON."""
+    """A result, as a table or as JSON; its ``warnings`` on standard error, too."""
+    warn(result.get("warnings", ()))
     if as_json:
         print_json(result)
     else:
         from potluck.show import show_result
 
-        show_result(result)
+        show_result({key: value for key, value in result.items() if key != "warnings"})
+
+
+def warn(warnings: Iterable[str]) -> None:
+    """Say on standard error what is doubtful of a result."""
+    if warnings:
+        from rich.markup import escape
+
+        for text in warnings:
+            progress().print(f"[yellow]warning:[/] {escape(text)}", soft_wrap=True, highlight=False)
 
 
 def print_facts(result: Mapping[str, Any], as_json: bool) -> None:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 import math
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import numpy as np
@@ -20,6 +22,7 @@ from potluck.compose.training import Lesson, only_training, train_part
 from potluck.errors import ModelError
 
 ALL_LINEAR = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj", "c_attn", "c_proj", "c_fc")
+_NAMED = 4  # modules that do not fit, in one message
 
 
 class LowRank(nn.Module):
@@ -96,30 +99,65 @@ def attached(model: PreTrainedModel, adapter: Adapter) -> Any:
     return added(model, {path: LowRank(factors) for path, factors in adapter.modules.items()})
 
 
-def check_fits(model: PreTrainedModel, adapter: Adapter) -> None:
+def check_fits(model: PreTrainedModel, adapter: Adapter, place: str = "") -> None:
     """Refuse an adapter for another shape.
 
+    Args:
+        place: What the adapter is called in messages.
+
     Raises:
-        ModelError: naming the first module that does not fit.
+        ModelError: naming each module that does not fit, the first few of many.
     """
-    for path, factors in adapter.modules.items():
-        expected = sizes(_linear_at(model, path))
-        if expected != (factors.down.shape[1], factors.up.shape[0]):
-            given = (factors.down.shape[1], factors.up.shape[0])
-            raise ModelError(
-                f"{path}: the adapter maps {given[0]} to {given[1]}, the base {expected[0]} to {expected[1]}"
-            )
+    wrong = [said for path, factors in adapter.modules.items() if (said := _misfit(model, path, factors))]
+    if wrong:
+        more = f" (and {len(wrong) - _NAMED} more)" if len(wrong) > _NAMED else ""
+        hint = "is it the base the adapter was trained on?"
+        raise ModelError(f"{place}: {'; '.join(wrong[:_NAMED])}{more}".removeprefix(": "), hint)
 
 
 def merge_into(model: PreTrainedModel, adapter: Adapter) -> None:
     """Add an adapter to the base's own weights, ``W ← W + ΔW``, in place.
 
     Raises:
+        ModelError: The adapter was not trained on a model of this shape, or changes a weight that something else of the
+            model uses, too: an output head that is the embedding.
+    """
+    check_fits(model, adapter)
+    for path in adapter.modules:
+        others = shares_weight(model, path)
+        if others:
+            hint = "route or decode with the adapter beside the base, or train it without this map"
+            raise ModelError(f"{path}: its weight is also {others[0]}, and an adapter cannot change one alone", hint)
+    _add_to_weights(model, adapter.modules)
+
+
+def copied_with(model: PreTrainedModel, adapter: Adapter) -> PreTrainedModel:
+    """A copy of a model that computes with an adapter for good.
+
+    Products go into the weights, except where a weight is used elsewhere, too: there they stand beside it.
+
+    Raises:
         ModelError: The adapter was not trained on a model of this shape.
     """
     check_fits(model, adapter)
+    copied = copy.deepcopy(model)
+    beside = {path: factors for path, factors in adapter.modules.items() if shares_weight(copied, path)}
+    _add_to_weights(copied, {path: f for path, f in adapter.modules.items() if path not in beside})
+    for path, factors in beside.items():
+        _replace(copied, path, Added(_linear_at(copied, path), LowRank(factors).to(copied.device)))
+    return copied
+
+
+def shares_weight(model: PreTrainedModel, path: str) -> list[str]:
+    """Other names of a linear map's weight, such as the embedding's of an output head that is tied to it."""
+    weight = _linear_at(model, path).weight
+    everyone = model.named_parameters(remove_duplicate=False)
+    return [name for name, parameter in everyone if parameter is weight and name != f"{path}.weight"]
+
+
+def _add_to_weights(model: PreTrainedModel, modules: Mapping[str, Factors]) -> None:
     with torch.no_grad():
-        for path, factors in adapter.modules.items():
+        for path, factors in modules.items():
             module: Any = _linear_at(model, path)
             delta = factors.to(module.weight.device).delta().to(module.weight.dtype)
             module.weight.add_(delta.T if isinstance(module, Conv1D) else delta)
@@ -172,14 +210,37 @@ def _fresh(maps: Mapping[str, nn.Module], rank: int, seed: int) -> dict[str, Low
     return layers
 
 
+def _misfit(model: nn.Module, path: str, factors: Factors) -> str:
+    """What keeps a map's addition from this model, if anything does."""
+    try:
+        expected = sizes(_linear_at(model, path))
+    except ModelError as error:
+        return str(error)
+    given = (factors.down.shape[1], factors.up.shape[0])
+    if expected == given:
+        return ""
+    return f"{path}: the adapter maps {given[0]} to {given[1]}, the base {expected[0]} to {expected[1]}"
+
+
 def _linear_at(model: nn.Module, path: str) -> nn.Module:
     try:
         module: nn.Module | None = model.get_submodule(path)
     except AttributeError:
         module = None
     if not isinstance(module, nn.Linear | Conv1D):
-        raise ModelError(f"the base has no linear map {path}", "is it the base the adapter was trained on?")
+        raise ModelError(f"the base has no linear map {path}{_layers_there(model, path)}")
     return module
+
+
+def _layers_there(model: nn.Module, path: str) -> str:
+    """How many layers there are, if a path asks for one beyond them."""
+    for match in re.finditer(r"\.(\d+)\.", path):
+        place = path[: match.start()]
+        with suppress(AttributeError):
+            layers = model.get_submodule(place)
+            if isinstance(layers, nn.ModuleList) and int(match[1]) >= len(layers):
+                return f": its {place} are 0 to {len(layers) - 1}"
+    return ""
 
 
 def _replace(model: nn.Module, path: str, module: nn.Module) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,7 +14,8 @@ from potluck.compose.decoding.endpoint import AtEndpoint
 from potluck.compose.decoding.gates import load_deferral
 from potluck.compose.decoding.models import Here, NextToken
 from potluck.compose.decoding.rules import Contrastive, Glimpse, Proxy, Speculative, WhenUnsure
-from potluck.compose.lora import merge_into
+from potluck.compose.fit import check_adapter
+from potluck.compose.lora import copied_with
 from potluck.corpus.tokenizer import Vocabulary
 from potluck.errors import ModelError, RecipeError
 
@@ -51,16 +51,23 @@ class Choice:
     delimiter: str | None = None
 
 
-def opened(place: str, base: Base, load: Callable[[Path], Base], key_from: str = "") -> NextToken:
+def opened(
+    place: str,
+    base: Base,
+    load: Callable[[Path], Base],
+    key_from: str = "",
+    warn: Callable[[str], None] = lambda doubt: None,
+) -> NextToken:
     """An assistant of a base, named by its place.
 
     Args:
         place: A model folder, an adapter on the base in PEFT's format, or the URL of an OpenAI-compatible endpoint.
         load: Loads a model folder.
         key_from: Environment variable with the API key of endpoints.
+        warn: Told what is doubtful of an adapter (`check_adapter`).
 
     Raises:
-        ModelError: It cannot be loaded, or does not share the base's tokenizer.
+        ModelError: It cannot be loaded, is an adapter on another base, or does not share the base's tokenizer.
         RecipeError, EngineError: The endpoint cannot be used.
     """
     if "://" in place:
@@ -72,11 +79,9 @@ def opened(place: str, base: Base, load: Callable[[Path], Base], key_from: str =
             raise ModelError(f"{place}: has another tokenizer than {base.place}", hint)
         return Here(place, other.model, base.vocabulary.size)
     adapter = load_adapter(Path(place))
-    if adapter.about.get("base_hash", base.content_hash) != base.content_hash:
-        raise ModelError(f"{place}: was trained on another base than {base.place}")
-    model = copy.deepcopy(base.model)
-    merge_into(model, adapter)
-    return Here(place, model, base.vocabulary.size)
+    for doubt in check_adapter(base, adapter, place):
+        warn(doubt)
+    return Here(place, copied_with(base.model, adapter), base.vocabulary.size)
 
 
 def same_tokens(one: Vocabulary, other: Vocabulary) -> bool:

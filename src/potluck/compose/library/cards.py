@@ -11,8 +11,8 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from potluck.compose.adapter import ABOUT_FILE, CONFIG_FILE, WEIGHTS_FILE, load_adapter
 from potluck.compose.base import Base
+from potluck.compose.fit import check_adapter
 from potluck.compose.library.specification import Specification
-from potluck.compose.lora import check_fits
 from potluck.compose.routing.evidence import PROFILE_FILE
 from potluck.errors import ModelError, RecipeError
 
@@ -40,6 +40,8 @@ class Card(BaseModel):
     Attributes:
         base_hash: Of the base it was trained on.
         noise: As in its specification.
+        gain: Nats per token by which the adapter lowered the loss of its own text when it was added; below zero it does
+            harm. ``None`` of entries that were added by older versions.
         added: UTC.
     """
 
@@ -52,6 +54,7 @@ class Card(BaseModel):
     who: str = Field(default="", max_length=200, pattern=_PLAIN)
     licence: str = Field(default="", max_length=200, pattern=_PLAIN)
     noise: float = Field(default=0.0, ge=0, allow_inf_nan=False)
+    gain: float | None = Field(default=None, allow_inf_nan=False)
     added: datetime
     files: dict[str, FileFacts]
 
@@ -78,7 +81,7 @@ class Card(BaseModel):
 
     def _offer(self) -> object:
         files = {name: facts for name, facts in self.files.items() if not (self.noise and name == SPECIFICATION_FILE)}
-        return self.model_dump(exclude={"added", "files"}), files
+        return self.model_dump(exclude={"added", "files", "gain"}), files
 
 
 def read_card(content: str | bytes, what: str) -> Card:
@@ -103,20 +106,20 @@ def card_of(
     who: str = "",
     licence: str = "",
     profile: bytes | None = None,
+    gain: float | None = None,
 ) -> tuple[Card, dict[str, bytes]]:
     """The card of an adapter folder, and the files that it names.
 
     Args:
         profile: Of its text, for routing by evidence; given away only if it is given here.
+        gain: As in `Card`.
 
     Raises:
         ModelError: The adapter cannot be used, or does not fit the base.
         RecipeError: The name, ``who`` or ``licence`` is none.
     """
     adapter = load_adapter(folder)
-    check_fits(base.model, adapter)
-    if adapter.about.get("base_hash", base.content_hash) != base.content_hash:
-        raise ModelError(f"{folder}: trained on other weights than {base.place}", "name the base it was trained on")
+    check_adapter(base, adapter, str(folder))
     contents = _contents(folder) | {SPECIFICATION_FILE: specification.to_bytes()}
     if profile is not None:
         contents[PROFILE_FILE] = profile
@@ -124,7 +127,8 @@ def card_of(
     try:
         card = Card(
             name=name, base_hash=base.content_hash, rank=adapter.rank, parameters=adapter.parameters, who=who,
-            licence=licence, noise=specification.noise, added=datetime.now(UTC).replace(microsecond=0), files=files,
+            licence=licence, noise=specification.noise, gain=gain, added=datetime.now(UTC).replace(microsecond=0),
+            files=files,
         )  # fmt: skip
     except ValidationError as error:
         first = error.errors()[0]

@@ -13,6 +13,8 @@ from torch import Tensor
 
 from potluck.compose.adapter import Adapter, load_adapter, save_adapter
 from potluck.compose.base import Base, load_base, texts_of, token_stream
+from potluck.compose.effect import Effect, compared, losses, warnings_of
+from potluck.compose.fit import adds_something, check_adapter
 from potluck.compose.library.cards import SPECIFICATION_FILE, card_of
 from potluck.compose.library.clustering import cluster_adapters
 from potluck.compose.library.entries import (
@@ -26,6 +28,7 @@ from potluck.compose.library.entries import (
 )
 from potluck.compose.library.search import closeness, index_of, mixture, nearest, verdict
 from potluck.compose.library.specification import POINTS, specification_of
+from potluck.compose.lora import attached
 from potluck.compose.merging.adapters import ADAPTER_METHODS, merge_adapters
 from potluck.compose.merging.request import chosen
 from potluck.compose.routing.arrow import Arrow, arrow, mean_shares
@@ -82,20 +85,24 @@ def add(place: Place, offer: Offer, progress: Progress) -> Result:
         CorpusError: The text is too short.
         StorageError: There is another entry of this name, or the library cannot be written.
     """
-    load_adapter(offer.adapter)  # before slow work
+    adapter = load_adapter(offer.adapter)
     base = load_base(offer.base)
+    warnings = check_adapter(base, adapter, str(offer.adapter))  # before slow work
+    stream = _stream(base, offer.data)
     progress("opening the library")
-    with closing(open_library(place.library, place.registry, begun_with=base)) as library:
+    with closing(open_library(place.library, place.registry, begun_with=base, say=progress)) as library:
         progress("reading the text")
-        stream = _stream(base, offer.data)
         states = library.yardstick.measure(base, stream)
+        progress("measuring the text with the adapter and without")
+        effect = _effect(base, adapter, stream)
         specification = specification_of(states, library.yardstick, points=offer.points, noise=offer.noise)
         name = offer.name or offer.adapter.resolve().name
         profile = None
         if offer.public is not None:
             public = _stream(base, offer.public)
             profile = profile_bytes(token_profile(stream, public, base.model.config.vocab_size))
-        card, contents = card_of(name, offer.adapter, base, specification, offer.who, offer.licence, profile)
+        gain = round(-effect.change, 4)
+        card, contents = card_of(name, offer.adapter, base, specification, offer.who, offer.licence, profile, gain)
         outcome = add_entry(library, card, contents, offer.replace)
         return {
             "library": library.storage.place,
@@ -108,6 +115,8 @@ def add(place: Place, offer: Offer, progress: Progress) -> Result:
             "noise": specification.noise,
             "specification_bytes": card.files[SPECIFICATION_FILE].bytes,
             "profile_bytes": len(profile or b""),
+            "effect": effect.table(),
+            "warnings": warnings + warnings_of(str(offer.adapter), effect),
             "damaged": library.damaged,
         }
 
@@ -211,7 +220,8 @@ def cluster(place: Place, grouping: Grouping) -> Result:
         StorageError: There is no library, or the result cannot be written.
     """
     with _stocked(place) as library:
-        adapters = _adapters(library, [card.name for card in library.cards()])
+        everybody = _adapters(library, [card.name for card in library.cards()])
+    adapters = {name: adapter for name, adapter in everybody.items() if adds_something(adapter)}
     labels = cluster_adapters(adapters, grouping.k, grouping.seed)
     groups = {f"cluster-{k}": [name for name in adapters if labels[name] == k] for k in range(grouping.k)}
     if grouping.merge is not None and grouping.out is not None:
@@ -224,6 +234,7 @@ def cluster(place: Place, grouping: Grouping) -> Result:
         "library": library.storage.place,
         "clusters": groups,
         "folder": None if grouping.out is None else str(grouping.out),
+        "warnings": [f"{name}: left out, since it adds nothing to the base" for name in everybody.keys() - adapters],
         "damaged": library.damaged,
     }
 
@@ -275,6 +286,7 @@ def route(place: Place, base_folder: Path, data: Path, routing: Routing) -> Resu
         "routed_nats": loss,
         "by": routing.by,
         "shares": shares,
+        "warnings": _of_routing(alone, loss),
         "damaged": library.damaged,
     }
 
@@ -293,6 +305,12 @@ def _routed(
         return loss_on(base.model, stream, _SEQUENCE), mean_shares(routed)
 
 
+def _of_routing(alone: float, routed: float) -> list[str]:
+    if routed < alone:
+        return []
+    return [f"the adapters do not help with this text: {alone:.3f} nats per token without, {routed:.3f} with them"]
+
+
 @contextmanager
 def _stocked(place: Place) -> Iterator[Library]:
     """A library that something is in."""
@@ -305,6 +323,12 @@ def _stocked(place: Place) -> Iterator[Library]:
 
 def _adapters(library: Library, names: list[str]) -> Mapping[str, Adapter]:
     return {name: adapter_of(library, name) for name in names}
+
+
+def _effect(base: Base, adapter: Adapter, stream: np.ndarray) -> Effect:
+    before = losses(base.model, stream, _SEQUENCE)
+    with attached(base.model, adapter):
+        return compared(before, losses(base.model, stream, _SEQUENCE), _SEQUENCE, seen=True)
 
 
 def _stream(base: Base, data: Path) -> np.ndarray:

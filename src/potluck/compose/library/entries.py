@@ -4,6 +4,7 @@
 
     LIBRARY/
     ├── library.safetensors      the yardstick; made with the first entry
+    ├── begun/                   pieces of it, while it is made
     ├── registry.sqlite          an index of what is below; may be deleted
     └── entries/NAME/
         ├── card.json            facts, and the hash of every file: written last
@@ -31,6 +32,7 @@ from potluck.compose.library.cards import NAME, SPECIFICATION_FILE, Card, check_
 from potluck.compose.library.registry import Registry, Row, sqlite_url
 from potluck.compose.library.specification import MAX_BYTES, Specification, read_specification
 from potluck.compose.library.storage import Files, Storage, storage_at
+from potluck.compose.library.written import Say, forget
 from potluck.compose.library.yardstick import Yardstick, read_yardstick, yardstick_of
 from potluck.compose.routing.evidence import PROFILE_FILE, read_profile
 from potluck.errors import ModelError, StorageError
@@ -97,13 +99,17 @@ class Library:
             self.registry.update(rows, gone)
 
 
-def open_library(place: str, registry: str = "", begun_with: Base | None = None) -> Library:
+def open_library(
+    place: str, registry: str = "", begun_with: Base | None = None, say: Say = lambda text: None
+) -> Library:
     """A library whose registry is up to date.
 
     Args:
         place: A folder, or a URL such as ``s3://bucket/prefix``.
         registry: Its URL; if left out a SQLite file in the folder, and in memory for an object store.
-        begun_with: If there is no library yet, begin one for this base.
+        begun_with: If there is no library yet, begin one for this base. What was done of that when it was stopped is
+            not done again.
+        say: Told how far beginning is.
 
     Raises:
         StorageError: There is no library, or it cannot be read.
@@ -112,8 +118,9 @@ def open_library(place: str, registry: str = "", begun_with: Base | None = None)
     storage = storage_at(place)
     content = storage.read(YARDSTICK_FILE, _MAX_YARDSTICK)
     if content is None and begun_with is not None:
-        new = yardstick_of(begun_with, secrets.token_hex(8))
+        new = yardstick_of(begun_with, secrets.token_hex(8), keep=storage, say=say)
         storage.write(YARDSTICK_FILE, new.to_bytes(), new=True)  # if another was faster, theirs counts
+        forget(storage)
         content = storage.read(YARDSTICK_FILE, _MAX_YARDSTICK)
     if content is None:
         raise StorageError(f"{storage.place}: no library", "`potluck library add` begins one")

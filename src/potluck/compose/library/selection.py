@@ -8,6 +8,7 @@ with replacement (Caruana et al., ICML 2004), without gradients, as LoraHub (arX
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import Literal
 
 import numpy as np
 import torch
@@ -84,10 +85,18 @@ def merge_weights(
     return {name: w for name, w in sorted(weights.items(), key=lambda item: -item[1]) if w}, loss
 
 
-def example_losses(model: PreTrainedModel, examples: Sequence[np.ndarray], device: str = "auto") -> Tensor:
+def example_losses(
+    model: PreTrainedModel,
+    examples: Sequence[np.ndarray],
+    device: str = "auto",
+    precision: Literal["auto", "fp32"] = "auto",
+) -> Tensor:
     """Mean loss of each example in nats per token, ``(K,)``, read side by side.
 
     Short ones are filled up on the right, where nothing that is predicted can see it.
+
+    Args:
+        precision: ``auto`` is the fastest that the device has.
 
     Raises:
         CorpusError: There are no examples, or one is of fewer than two tokens or longer than the model can read.
@@ -99,7 +108,7 @@ def example_losses(model: PreTrainedModel, examples: Sequence[np.ndarray], devic
             raise CorpusError(f"example {number + 1} has {len(example)} tokens: 2 to {most + 1} can be read", hint)
     if not examples:
         raise CorpusError("there are no examples to choose adapters by")
-    network = placed(model.eval(), device)
+    network = placed(model.eval(), device, precision)
     tokens_at_once = min(_TOKENS_AT_ONCE, _LOGITS_AT_ONCE // model.config.vocab_size)
     at_once = max(1, tokens_at_once // max(map(len, examples)))
     losses = []

@@ -11,25 +11,25 @@ from __future__ import annotations
 import hashlib
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, cast
 
 import numpy as np
 import torch
 from torch import Tensor
 from torch.nn.functional import normalize, pdist
-from transformers import GenerationConfig
 
 from potluck.compose.base import Base
+from potluck.compose.effect import affordable
+from potluck.compose.library.storage import Storage
 from potluck.compose.library.tensors import packed, unpacked
+from potluck.compose.library.written import Say, written_by
 from potluck.compose.training import placed
 from potluck.errors import CorpusError, ModelError
 
 MAX_WINDOW = 128  # tokens
-MAX_WINDOWS = 2048  # of a text; more are passed over evenly
+MAX_WINDOWS, _LEAST_WINDOWS = 2048, 128  # of a text; more are passed over evenly
+_OPERATIONS = 2.5e12  # of reading a text
 MAX_DIMENSION = 128
-_WRITTEN = 512  # windows that the base writes
 _BATCH = 64
-_WRITING = 128  # windows at a time
 _SHRINKAGE = 0.1
 
 
@@ -80,17 +80,29 @@ class Yardstick:
         return packed({"centre": self.centre, "directions": self.directions}, facts)
 
 
-def yardstick_of(base: Base, library: str, device: str = "auto", seed: int = 0) -> Yardstick:
-    """The yardstick of a base, from 512 windows that it writes.
+def yardstick_of(
+    base: Base,
+    library: str,
+    device: str = "auto",
+    seed: int = 0,
+    keep: Storage | None = None,
+    say: Say = lambda text: None,
+) -> Yardstick:
+    """The yardstick of a base, from up to 512 windows that it writes (`written_by`).
 
     The directions are the first 128 principal ones of these windows' states, each divided by the square root of its
     variance plus a tenth of the mean variance: what varies much in any text counts less.
 
     Args:
         seed: Decides what the base writes.
+        keep: Where what is written lies until it is all there.
+        say: Told how far it is.
+
+    Raises:
+        StorageError: ``keep`` cannot be read or written.
     """
     window = min(MAX_WINDOW, int(getattr(base.model.config, "max_position_embeddings", None) or MAX_WINDOW + 1) - 1)
-    states = window_states(base, _written_by(base, window, device, seed), window, device).double()
+    states = window_states(base, written_by(base, window, device, seed, keep, say), window, device).double()
     centre = states.mean(0)
     variances, axes = torch.linalg.eigh(torch.cov((states - centre).T))
     variances = variances.clamp_min(0)
@@ -124,7 +136,8 @@ def window_states(base: Base, stream: np.ndarray, window: int, device: str = "au
     """Mean token embedding and mean last hidden state of each window of tokens, of length one each, ``(n, D)``.
 
     A window is read by itself, so that its state says nothing of the text before it. Of long texts 2,048 windows are
-    read, evenly spaced; the rest at the end that fills no window is left out.
+    read, evenly spaced, or fewer of a large base: what 2.5e12 operations pay for, but 128 at least. The rest at the end
+    that fills no window is left out.
 
     Raises:
         CorpusError: The text is shorter than one window.
@@ -132,7 +145,8 @@ def window_states(base: Base, stream: np.ndarray, window: int, device: str = "au
     count = len(stream) // window
     if count < 1:
         raise CorpusError(f"the text has {len(stream)} tokens, a window needs {window}", "give more text")
-    chosen = np.linspace(0, count - 1, min(count, MAX_WINDOWS)).round().astype(np.int64)
+    most = affordable(base.model, window, _OPERATIONS, _LEAST_WINDOWS, MAX_WINDOWS)
+    chosen = np.linspace(0, count - 1, min(count, most)).round().astype(np.int64)
     windows = torch.from_numpy(stream[: count * window].reshape(count, window)[chosen])
     network, found = placed(base.model, device), []
     embedding = network.model.get_input_embeddings()
@@ -142,20 +156,3 @@ def window_states(base: Base, stream: np.ndarray, window: int, device: str = "au
             means = [states.float().mean(1) for states in (embedding(batch), hidden)]
             found.append(torch.cat([normalize(mean, dim=1) for mean in means], dim=1).cpu())
     return torch.cat(found)
-
-
-def _written_by(base: Base, window: int, device: str, seed: int) -> np.ndarray:
-    """Windows that the base writes, each from nothing, as one stream."""
-    network, end = placed(base.model, device), base.vocabulary.end_of_text
-    settings = GenerationConfig(
-        min_new_tokens=window, max_new_tokens=window, do_sample=True, top_k=0, pad_token_id=end, eos_token_id=None
-    )
-    start = torch.full((_WRITING, 1), end, device=network.device)
-    torch.manual_seed(seed)
-    written = []
-    with torch.no_grad():
-        for _ in range(_WRITTEN // _WRITING):
-            model = cast(Any, network.model)
-            whole = model.generate(start, attention_mask=torch.ones_like(start), generation_config=settings)
-            written.append(whole[:, 1:].flatten().cpu())
-    return torch.cat(written).numpy()

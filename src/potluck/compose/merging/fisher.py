@@ -58,7 +58,9 @@ class Information:
 def fisher_mean(
     parts: Sequence[Factors], information: Sequence[Information], weights: Sequence[float], method: Fisher
 ) -> Iterator[Tensor]:
-    """Row blocks of one linear map's merged addition, float32 ``(rows, d_in)``."""
+    """Row blocks of one linear map's merged addition, float32 ``(rows, d_in)``; the mean if all information is zero."""
+    if not any(bool((known.rows.mean() * known.columns.mean()) > 0) for known in information):
+        information = [Information(torch.ones_like(k.rows), torch.ones_like(k.columns)) for k in information]
     for rows in rows_at_once(parts):
         weighted = total = torch.zeros((), dtype=torch.float64)
         for part, known, weight in zip(parts, information, weights, strict=True):

@@ -57,7 +57,10 @@ class MultiSlerp:
 
     With unit vectors uᵢ and weights that sum to one, the point m of the unit sphere with ``Σ wᵢ log_m(uᵢ) = 0``, found
     by ``m ← exp_m(Σ wᵢ log_m(uᵢ))`` from the direction of ``Σ wᵢ uᵢ``; the result is ``(Σ wᵢ ‖xᵢ‖) m``. For two models
-    of one norm it is their SLERP. (mergekit's ``multislerp`` takes no step from the start; its ``karcher`` is this.)
+    of one norm it is their SLERP.
+    Where the directions have no mean, since all x are zero or cancel out, it is the weighted mean ``Σ wᵢ xᵢ``: a tensor
+    that nobody changed stays the base's. (mergekit's ``multislerp`` takes no step from the start and refuses these; its
+    ``karcher`` is this.)
 
     Attributes:
         steps: At most; it stops when a step is shorter than 1e-9.
@@ -75,8 +78,8 @@ class MultiSlerp:
         norms = products.diagonal().sqrt()
         cosines = _cosines(products)
         mean = _unit(shares, cosines)
-        if mean is None:
-            raise RecipeError(f"{name}: the models' directions cancel out", "give them other weights")
+        if mean is None:  # all are zero, or opposite directions are all alike near: the straight line, as `Slerp`
+            return _combination(shares)
         for _ in range(self.steps):
             mean, length = _karcher_step(mean, shares, cosines)
             if length < 1e-9:

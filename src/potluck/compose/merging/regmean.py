@@ -43,7 +43,7 @@ def regmean(parts: Sequence[Factors], grams: Sequence[Tensor], weights: Sequence
     ``Σ wᵢ Bᵢ Aᵢ Gᵢ`` has the factors ``[B₁ … B_N]`` and ``[w₁ A₁ G₁; …]``, and the solve acts on the latter alone.
 
     Args:
-        grams: Gᵢ, ``(d_in, d_in)``.
+        grams: Gᵢ, ``(d_in, d_in)``. If all are zero, since no text ever reached this map, the result is the mean.
 
     Returns:
         Rank ``Σ rᵢ``.
@@ -51,6 +51,8 @@ def regmean(parts: Sequence[Factors], grams: Sequence[Tensor], weights: Sequence
     Raises:
         ModelError: The Gram matrices leave directions open and there is no ridge.
     """
+    if not any(bool(gram.any()) for gram in grams):
+        return concatenated(parts, [weight / sum(weights) for weight in weights])
     weighted = [weight * steadied(gram, method) for weight, gram in zip(weights, grams, strict=True)]
     moments = torch.cat([part.down.double() @ gram for part, gram in zip(parts, weighted, strict=True)])
     up = concatenated(parts, [1.0] * len(parts)).up

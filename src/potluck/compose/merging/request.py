@@ -9,18 +9,23 @@ from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+from torch import Tensor
 from transformers import AutoTokenizer
 
+from potluck.aggregation.statistics import Statistics
 from potluck.compose.adapter import ABOUT_FILE, CONFIG_FILE, WEIGHTS_FILE, Adapter, load_adapter, save_adapter
-from potluck.compose.base import load_base
-from potluck.compose.lora import merge_into
+from potluck.compose.base import Base, load_base, texts_of, token_stream
+from potluck.compose.effect import compared, losses
+from potluck.compose.fit import check_adapter, without_effect
+from potluck.compose.lora import attached, merge_into
 from potluck.compose.merging.adapters import ADAPTER_METHODS, MEASURED, merge_adapters
 from potluck.compose.merging.models import MODEL_METHODS, merge_models
 from potluck.compose.statistics import load_statistics
 from potluck.errors import ModelError, RecipeError
 from potluck.files import appearing, storing, write_text
-from potluck.models.build import embeddings
 
+_LENGTH = 128  # tokens of a stretch whose loss is measured
 FLAGS = {"scale": "--lambda"}  # of settings whose option is not called as they are
 
 
@@ -35,9 +40,10 @@ class Request:
         settings: The method's, as far as they were given.
         weights: One for each part, or none.
         rank: Of a merged adapter, at most.
-        base: What full models were trained from.
+        base: What the parts were trained from; adapters are checked against it.
         into_base: The model folder that the merged adapter is added to; then ``out`` is a full model.
         statistics: Files that lie elsewhere than beside their adapters.
+        data: Text whose loss is measured with the base and with the result.
     """
 
     parts: Sequence[Path]
@@ -49,25 +55,36 @@ class Request:
     base: Path | None = None
     into_base: Path | None = None
     statistics: Sequence[Path] = ()
+    data: Path | None = None
 
 
 def carry_out(request: Request) -> dict[str, Any]:
     """Merge, write the result, and say what was done; ``potluck.json`` in the folder says it too.
 
+    Returns:
+        What was done, and under ``warnings`` what is doubtful: parts that add nothing or may be another base's, a
+        result that is worse than the base on the text.
+
     Raises:
-        ModelError: A part cannot be read, or parts do not belong together.
+        CorpusError: There is no text.
+        ModelError: A part cannot be read, or parts do not belong together, or not to the base.
         RecipeError: The method has no use for something given, or cannot do without something that is not.
         StorageError: The result cannot be written.
     """
+    if request.data is not None and request.base is None and request.into_base is None:
+        raise RecipeError("--data compares with the base", "name it: --base, or --into-base for adapters")
     if _holds_adapters(request.parts):
-        _refuse("merging adapters", base=request.base)
         return _merged_adapters(request)
     _refuse(
         "merging full models", rank=request.rank, into_base=request.into_base, statistics=request.statistics or None
     )
     method = chosen(MODEL_METHODS, request.method, request.settings)
+    before, stream = (None, None) if request.data is None else _before(load_base(_base_of(request)), request.data)
     facts = merge_models(request.parts, request.out, method, request.weights, request.base)
-    return {"model": str(request.out), **facts}
+    found: dict[str, Any] = {"model": str(request.out), **facts, "warnings": []}
+    if before is not None and stream is not None:
+        found |= _said(request.out, before, losses(load_base(request.out).model, stream, _LENGTH))
+    return found
 
 
 def chosen(methods: Mapping[str, type[Any]], name: str, settings: Mapping[str, Any]) -> Any:
@@ -87,40 +104,71 @@ def chosen(methods: Mapping[str, type[Any]], name: str, settings: Mapping[str, A
 
 
 def _merged_adapters(request: Request) -> dict[str, Any]:
+    if request.base is not None and request.into_base is not None:
+        raise RecipeError("--base and --into-base name the base twice", "leave one out")
     method = chosen(ADAPTER_METHODS, request.method, request.settings)
     adapters = [load_adapter(folder) for folder in request.parts]
-    statistics = []
-    if type(method) in MEASURED or request.statistics:
-        places = request.statistics or request.parts
-        if len(places) != len(adapters):
-            raise RecipeError(f"{len(places)} files of statistics for {len(adapters)} adapters")
-        statistics = [load_statistics(place, adapter) for place, adapter in zip(places, adapters, strict=True)]
+    statistics = _statistics(request, method, adapters)
+    parts = list(zip(request.parts, adapters, strict=True))
+    base = None if request.base is None and request.into_base is None else load_base(_base_of(request))
+    if base is None:
+        doubts = [doubt for folder, adapter in parts for doubt in without_effect(adapter, str(folder))]
+    else:
+        doubts = [doubt for folder, adapter in parts for doubt in check_adapter(base, adapter, str(folder))]
     sources = [{"folder": str(folder), "sha256": _sha256(folder / WEIGHTS_FILE)} for folder in request.parts]
+    effect: dict[str, Any] = {}
     with appearing(request.out) as folder:
         merged = merge_adapters(adapters, method, request.weights, request.rank, statistics)
-        merged = replace(merged, about={**merged.about, "rank": merged.rank, "sources": sources})
-        if request.into_base is None:
+        if base is not None and request.data is not None:
+            before, stream = _before(base, request.data)
+            with attached(base.model, merged):
+                effect = _said(request.out, before, losses(base.model, stream, _LENGTH))
+            base.model.cpu()
+        doubts += effect.pop("warnings", [])
+        merged = replace(merged, about={**merged.about, "rank": merged.rank, "sources": sources, **effect})
+        if request.into_base is None or base is None:
             save_adapter(merged, folder)
         else:
-            _save_with_base(merged, request.into_base, folder)
-    return {"folder" if request.into_base is None else "model": str(request.out), **merged.about}
+            _save_with_base(merged, base, folder)
+    kind = "folder" if request.into_base is None else "model"
+    return {kind: str(request.out), **merged.about, "warnings": doubts}
 
 
-def _save_with_base(adapter: Adapter, base_folder: Path, folder: Path) -> None:
+def _statistics(request: Request, method: Any, adapters: Sequence[Adapter]) -> list[Statistics]:
+    if type(method) not in MEASURED and not request.statistics:
+        return []
+    places = request.statistics or request.parts
+    if len(places) != len(adapters):
+        raise RecipeError(f"{len(places)} files of statistics for {len(adapters)} adapters")
+    return [load_statistics(place, adapter) for place, adapter in zip(places, adapters, strict=True)]
+
+
+def _save_with_base(adapter: Adapter, base: Base, folder: Path) -> None:
     """The base with the adapter added to its weights, in fp32, with its tokenizer."""
-    base = load_base(base_folder)
-    model = base.model
-    if adapter.about.get("base_hash", base.content_hash) != base.content_hash:
-        raise ModelError(f"{base_folder}: not the base that the adapters were trained on", "its weights differ")
-    shared = embeddings(model)
-    if len(shared) == 2 and shared[0] is shared[1] and any("lm_head" in path for path in adapter.modules):
-        raise ModelError(f"{base_folder}: its output head is its embedding, and an adapter cannot change one alone")
-    merge_into(model, adapter)
+    merge_into(base.model, adapter)
     with storing(folder):
-        model.save_pretrained(folder)
-        tokenizer = AutoTokenizer.from_pretrained(base_folder, local_files_only=True, trust_remote_code=False)
+        base.model.save_pretrained(folder)
+        tokenizer = AutoTokenizer.from_pretrained(base.place, local_files_only=True, trust_remote_code=False)
         tokenizer.save_pretrained(folder)
         write_text(folder / ABOUT_FILE, json.dumps(dict(adapter.about), indent=1))
+
+
+def _base_of(request: Request) -> Path:
+    base = request.base or request.into_base
+    assert base is not None
+    return base
+
+
+def _before(base: Base, data: Path) -> tuple[Tensor, np.ndarray]:
+    """The base's losses on a text, and the text."""
+    stream = token_stream(texts_of(data), base.vocabulary)
+    return losses(base.model, stream, _LENGTH), stream
+
+
+def _said(out: Path, before: Tensor, after: Tensor) -> dict[str, Any]:
+    effect = compared(before, after, _LENGTH)
+    worse = f"{out}: worse than the base on this text: {effect.before:.3f} to {effect.after:.3f} nats per token"
+    return {"effect": effect.table(), "warnings": [worse] if effect.harms() else []}
 
 
 def _holds_adapters(parts: Sequence[Path]) -> bool:
