@@ -336,6 +336,12 @@ SIZES = {
     ),
 }
 PRESETS = {
+    # The full form in small, for a machine that is shared: 43% of the parameters, 800 steps before, 500 steps.
+    "quick": Size(
+        batch=32, length=64, period=10, rounds=50, learning_rate=2e-3, best_rates={DATA_PARALLEL: 1e-3},
+        start_steps=800, evaluations=10, grid=((4, "iid", ALL, 3),),
+        model={"layers": 3, "width": 96, "heads": 4, "feedforward": 256, "context": 128},
+    ),
     # Layers, heads and width of the smallest model of arXiv 2503.09799, whose losses at M = 2 and 4 are 0.7% and 2.0%
     # above data-parallel. Its 700M tokens of C4 need text of one's own: `--text FILE.jsonl`.
     "35m": Size(

@@ -7,7 +7,8 @@ everything that travels before the first step, and once more with the steps behi
 as if the participants had made it by data-parallel training.
 
 Finished cases are kept in ``--keep FOLDER``, so that a long campaign may be cut and go on; ``--cases`` runs part of
-it, ``--table`` only tells what is there. ``--preset 35m`` is the form for a GPU. ``--peers`` needs ``make peers``.
+it, ``--table`` only tells what is there. ``--preset 35m`` is the form for a GPU, ``--preset quick`` the full form in
+small. ``--peers`` needs ``make peers``.
 """
 
 from __future__ import annotations
@@ -265,7 +266,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     length = parser.add_mutually_exclusive_group()
     for name in SIZES:
         length.add_argument(f"--{name}", dest="size", action="store_const", const=name)
-    length.add_argument("--preset", dest="size", choices=PRESETS, help="the form for a GPU")
+    length.add_argument(
+        "--preset", dest="size", choices=PRESETS, help="a form for a GPU (35m), or the full form in small (quick)"
+    )
     parser.add_argument("--keep", type=Path, default=Path("runs/parity"), help="folder of finished cases")
     parser.add_argument("--cases", default="", help="run only cases in whose name this pattern is found")
     parser.add_argument("--text", type=Path, help="documents to train on, JSON lines with `text` and `group`")
