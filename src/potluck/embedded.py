@@ -27,7 +27,7 @@ from potluck.errors import EditError, RecipeError
 from potluck.local.network import Network, device_named, place
 from potluck.local.optimizers import InnerOptimizer
 from potluck.local_state import LocalState, new_state, restore_state, state_facts, state_tensors
-from potluck.models.build import build_model, embeddings
+from potluck.models.build import build_model
 from potluck.models.shapes import check_context
 from potluck.participant import Participant
 from potluck.recipe import Recipe
@@ -231,7 +231,7 @@ def _participants(
 ) -> dict[str, Participant]:
     """Everybody, for evaluation; those who train, with their batches; one more for the pooled run."""
     network, holdings = workplace.network, workplace.corpus.holdings
-    optimizer = InnerOptimizer(recipe.local.optimizer, network.flat, embeddings(network.model))
+    optimizer = InnerOptimizer(recipe.local.optimizer, network.flat, network.model)
     batches = {name: batches_of(recipe, holding) for name, holding in holdings.items()}
     idle = LocalState(torch.empty(0))
     edits, secret = {p.name: p.edits for p in recipe.participants}, _secret(recipe)

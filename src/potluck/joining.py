@@ -41,7 +41,7 @@ from potluck.local.network import Network, device_named, place
 from potluck.local.optimizers import InnerOptimizer
 from potluck.local_state import LocalState, new_state
 from potluck.local_store import Answer, LocalStore, layout_hash
-from potluck.models.build import build_model, embeddings
+from potluck.models.build import build_model
 from potluck.models.flat import state_hash
 from potluck.participant import CHANGED, EDITING, Participant
 from potluck.recipe import Recipe
@@ -192,7 +192,7 @@ def _prepare(joined: Joined, vocabulary: Vocabulary) -> tuple[Participant, Local
     network = place(build_model(recipe.model, vocabulary.size, vocabulary.end_of_text, recipe.seed), recipe.compute)
     _check_layout(joined, network)
     fragments = fragments_in(network, recipe)
-    optimizer = InnerOptimizer(recipe.local.optimizer, network.flat, embeddings(network.model))
+    optimizer = InnerOptimizer(recipe.local.optimizer, network.flat, network.model)
     state = new_state(network, optimizer, recipe, fragments)
     identity = {"run": joined.site.post.names.run, "text": holding.content_hash, "tokenizer": vocabulary.content_hash}
     store = LocalStore(joined.folder, identity, keep=2 * recipe.records.checkpoint_every + 4)

@@ -18,7 +18,7 @@ from potluck.engine.inprocess import InProcess, Perform
 from potluck.local.network import Network, place
 from potluck.local.optimizers import InnerOptimizer
 from potluck.local_state import new_state
-from potluck.models.build import build_model, embeddings
+from potluck.models.build import build_model
 from potluck.participant import Participant
 from potluck.recipe import Recipe
 from potluck.recipe.load import parse_recipe
@@ -46,7 +46,7 @@ def network_of(recipe: Recipe) -> Network:
 
 def participant_of(recipe: Recipe, name: str, network: Network, optimizer: InnerOptimizer | None = None) -> Participant:
     """One with 400 random tokens of its own."""
-    optimizer = optimizer or InnerOptimizer(recipe.local.optimizer, network.flat, embeddings(network.model))
+    optimizer = optimizer or InnerOptimizer(recipe.local.optimizer, network.flat, network.model)
     seed = recipe.participant_names.index(name)
     tokens = np.random.default_rng(seed).integers(0, VOCABULARY, 400, dtype=np.uint16)
     batches = Batches(tokens, recipe.local.sequence_length, seed)
@@ -113,7 +113,7 @@ def make_world(tmp_path: Path) -> Iterator[Callable[..., World]]:
             network = network_of(recipe)
             theta = network.flat.vector.clone()
             fragments = fragments_in(network, recipe)
-            optimizer = InnerOptimizer(recipe.local.optimizer, network.flat, embeddings(network.model))
+            optimizer = InnerOptimizer(recipe.local.optimizer, network.flat, network.model)
             participants = {n: participant_of(recipe, n, network, optimizer) for n in recipe.participant_names}
         events: list[Event] = []
         logs.append(log := EventLog(tmp_path / "events.jsonl", listeners=(events.append,)))

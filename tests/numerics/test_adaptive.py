@@ -30,7 +30,6 @@ from potluck.local.streams import (
     stream_steps,
     stream_tensors,
 )
-from potluck.models.build import embeddings
 from potluck.recipe.adaptive import AdaptiveBatch
 from potluck.recipe.load import parse_recipe
 
@@ -54,7 +53,7 @@ class Text:
 
 
 def optimizer_of(recipe, network):
-    return InnerOptimizer(recipe.local.optimizer, network.flat, embeddings(network.model))
+    return InnerOptimizer(recipe.local.optimizer, network.flat, network.model)
 
 
 def adaptive(recipe, network, table, batch_size=BATCH, text=None, rates=RATES):

@@ -5,24 +5,37 @@ from __future__ import annotations
 import copy
 import math
 from dataclasses import replace
+from itertools import pairwise
 
 import numpy as np
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from torch import nn
 from torch.nn.functional import cross_entropy
+from transformers import (
+    BloomConfig,
+    BloomForCausalLM,
+    GPT2Config,
+    GPT2LMHeadModel,
+    MixtralConfig,
+    MixtralForCausalLM,
+    OPTConfig,
+    OPTForCausalLM,
+)
+from transformers.pytorch_utils import Conv1D
 
 from potluck.contribution import Task
 from potluck.corpus.shards import Shard
-from potluck.errors import NotFinite, TrainingError
+from potluck.errors import NotFinite, RecipeError, TrainingError
 from potluck.local import evaluate
-from potluck.local.optimizers import InnerOptimizer
+from potluck.local.optimizers import InnerOptimizer, hidden_matrices
 from potluck.local.steps import local_steps
 from potluck.local_state import new_state
-from potluck.models.build import embeddings
-from potluck.recipe.local import Constant, Cosine, WarmupStableDecay
-from potluck.recipe.schedules import rate_factor
+from potluck.models.flat import flatten
+from potluck.recipe.local import Constant, Cosine, Muon, WarmupStableDecay
+from potluck.recipe.schedules import rate_factor, schedule_fault
 
 PLAIN_SGD = {"optimizer": {"kind": "sgd", "learning_rate": 1.0}, "clip_norm": 0.0}
 OPTIMIZERS = [
@@ -37,7 +50,7 @@ def tokens_of(seed: int, rows: int = 2, length: int = 16) -> torch.Tensor:
 
 def steps_of(recipe, network, batches, moments=None):
     """One local step for each list of batches, at the peak rate; the anchor is zero."""
-    optimizer = InnerOptimizer(recipe.local.optimizer, network.flat, embeddings(network.model))
+    optimizer = InnerOptimizer(recipe.local.optimizer, network.flat, network.model)
     optimizer.bind(torch.zeros(optimizer.size) if moments is None else moments, 0)
     anchor = torch.zeros_like(network.flat.vector)
     return local_steps(network, optimizer, recipe.local, batches.__getitem__, [1.0] * len(batches), anchor)
@@ -83,6 +96,32 @@ def test_warmup_stable_decay_is_stable_and_then_one_minus_sqrt() -> None:
     assert rate_factor(schedule, 85, 100) == pytest.approx(1 - math.sqrt(0.25))
 
 
+@given(
+    st.one_of(
+        st.builds(Constant, warmup_steps=warmups),
+        st.builds(Cosine, warmup_steps=warmups, final_fraction=finals),
+        st.builds(WarmupStableDecay, warmup_steps=warmups, final_fraction=finals, decay_fraction=st.floats(0.01, 1)),
+    ),
+    st.integers(1, 100),
+)
+def test_a_schedule_that_fits_has_no_jump(schedule, total) -> None:
+    warmup = schedule.warmup_steps
+    decay = round(getattr(schedule, "decay_fraction", 0) * total) or 1
+    is_wsd = isinstance(schedule, WarmupStableDecay)
+    fault = schedule_fault(schedule, total)
+    assert bool(fault) == (warmup >= total or (is_wsd and warmup + decay > total))
+    if not fault:
+        steepest = max(1 / (warmup + 1), math.sqrt(1 / decay) if is_wsd else math.pi / 2 / (total - warmup))
+        factors = [rate_factor(schedule, step, total) for step in range(total)]
+        assert all(abs(b - a) <= steepest + 1e-9 for a, b in pairwise(factors))
+
+
+def test_a_recipe_whose_warmup_runs_into_the_decay_is_refused(make_recipe) -> None:
+    schedule = {"kind": "wsd", "warmup_steps": 60, "decay_fraction": 0.5}
+    with pytest.raises(RecipeError, match=r"60 steps of warm-up and 50 of decay .* more than the run's 100"):
+        make_recipe(1, local={"schedule": schedule}, rounds={"count": 10, "local_steps": 10})
+
+
 # --- gradients ------------------------------------------------------------------------------------
 
 
@@ -99,6 +138,49 @@ def test_muon_moves_the_matrices_of_layers_and_adamw_the_rest(make_recipe, make_
     moved = {entry.name for entry, now, then in pairs if not torch.equal(now, then)}
     layers = {entry.name for entry in network.flat.manifest if entry.name.endswith("_proj.weight")}
     assert moved == (layers if moving == "muon" else {e.name for e in network.flat.manifest} - layers)
+
+
+TINY = {
+    "gpt2": GPT2LMHeadModel(GPT2Config(n_embd=8, n_layer=1, n_head=2, vocab_size=16, n_positions=16)),
+    "opt": OPTForCausalLM(
+        OPTConfig(hidden_size=8, num_hidden_layers=1, num_attention_heads=2, ffn_dim=12, vocab_size=16,
+                  max_position_embeddings=16, word_embed_proj_dim=8)
+    ),
+    "bloom": BloomForCausalLM(BloomConfig(hidden_size=8, n_layer=1, n_head=2, vocab_size=16)),
+    "mixtral": MixtralForCausalLM(
+        MixtralConfig(hidden_size=8, num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=2,
+                      intermediate_size=12, num_local_experts=2, vocab_size=16)
+    ),
+}  # fmt: skip
+HIDDEN = {
+    "gpt2": {"attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj"},
+    "opt": {"self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.out_proj", "fc1", "fc2"},
+    "bloom": {"self_attention.query_key_value", "self_attention.dense", "mlp.dense_h_to_4h", "mlp.dense_4h_to_h"},
+    "mixtral": {"self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj"},
+}
+
+
+@pytest.mark.parametrize("kind", TINY)
+def test_muon_takes_no_embedding_of_positions_and_no_router(kind) -> None:
+    hidden = hidden_matrices(TINY[kind])
+    names = [name for name, parameter in TINY[kind].named_parameters() if id(parameter) in hidden]
+    assert {name.removesuffix(".weight").split(".0.", 1)[1] for name in names} == HIDDEN[kind]
+
+
+def test_muon_steps_a_matrix_stored_the_other_way_round_like_its_transpose() -> None:
+    """GPT-2 stores (in, out): the step, and its decay, are those of the linear layer that does the same."""
+    torch.manual_seed(0)
+    plain, turned = nn.Linear(4, 12), Conv1D(12, 4)
+    turned.weight.data, weight = plain.weight.data.T.clone(), plain.weight.data.clone()
+    gradient = torch.randn(12, 4)
+    for layer, grad in ((plain, gradient), (turned, gradient.T)):
+        flat = flatten(layer, torch.device("cpu"))
+        optimizer = InnerOptimizer(Muon(), flat, layer)
+        optimizer.bind(torch.zeros(optimizer.size), 0)
+        layer.weight.grad = grad.clone()
+        optimizer.step(0.5)
+    torch.testing.assert_close(turned.weight.T, plain.weight, atol=1e-6, rtol=0)
+    assert not torch.equal(plain.weight, weight)
 
 
 def test_the_proximal_gradient_is_that_of_the_penalty(make_recipe, make_network) -> None:
@@ -174,7 +256,7 @@ def train(participant, theta, first_step=0, steps=2):
 def test_taking_turns_in_one_network_is_having_ones_own(make_recipe, make_network, make_participant, optimizer) -> None:
     recipe = make_recipe(2, local={"optimizer": optimizer})
     network = make_network(recipe)
-    shared = InnerOptimizer(recipe.local.optimizer, network.flat, embeddings(network.model))
+    shared = InnerOptimizer(recipe.local.optimizer, network.flat, network.model)
     together = [make_participant(recipe, name, network, shared) for name in ("p0", "p1")]
     apart = [make_participant(recipe, name, make_network(recipe)) for name in ("p0", "p1")]
     for people in (together, apart):

@@ -68,7 +68,7 @@ def train_part(
     optimizer_table = AdamW(learning_rate=lesson.learning_rate, weight_decay=0.0)
     settings = Local(batch_size=lesson.batch_size, sequence_length=lesson.sequence_length, optimizer=optimizer_table)
     network = placed(model, lesson.device)
-    optimizer = InnerOptimizer(optimizer_table, network.flat, ())
+    optimizer = InnerOptimizer(optimizer_table, network.flat, network.model)
     optimizer.bind(host_vector(optimizer.size, network.device), 0)
     torch.manual_seed(lesson.seed)
 

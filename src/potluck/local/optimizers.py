@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+import math
+import re
+from collections.abc import Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
 
+from potluck.errors import RecipeError
 from potluck.models.flat import FlatParameters
 from potluck.recipe.local import AdamW, LocalOptimizer, LocalSgd, Muon
 
 _Group = dict[str, object]
+_ROUTER = re.compile(r"(^|[._])(gate|router)$")  # Mixtral's, Qwen's and Jamba's names; a gated MLP has `gate_proj`
 
 
 class InnerOptimizer:
@@ -23,11 +28,14 @@ class InnerOptimizer:
     Args:
         table: The recipe's ``local.optimizer``.
         flat: The parameters.
-        embeddings: Parameters that Muon leaves to AdamW although they are matrices: embeddings and head.
+        model: What they belong to: it says which of them Muon takes, `hidden_matrices`.
+
+    Raises:
+        RecipeError: Muon has nothing to take.
     """
 
-    def __init__(self, table: LocalOptimizer, flat: FlatParameters, embeddings: Iterable[nn.Parameter]) -> None:
-        self._optimizers = _optimizers(table, flat.parameters, {id(p) for p in embeddings})
+    def __init__(self, table: LocalOptimizer, flat: FlatParameters, model: nn.Module) -> None:
+        self._optimizers = _optimizers(table, flat.parameters, model)
         for group in (group for optimizer in self._optimizers for group in optimizer.param_groups):
             group["peak"] = group["lr"]
         self._slots = [(o.state[p], slot, p) for o in self._optimizers for slot in _slots(o) for p in _parameters(o)]
@@ -68,22 +76,66 @@ class InnerOptimizer:
         self.steps += 1
 
 
+def hidden_matrices(model: nn.Module) -> dict[int, bool]:
+    """The matrices that Muon is made for: weights of linear maps from hidden features to hidden features.
+
+    Not embeddings of any kind (tokens, positions, token types), not the head, tied or not, not routers and gates, whose
+    rows are scores of experts, and nothing that is no linear layer's weight, as low-rank factors and tables.
+
+    Returns:
+        From a parameter's ``id`` to whether it is stored the other way round, ``(in, out)`` as GPT-2's are.
+    """
+    head = getattr(model, "get_output_embeddings", lambda: None)()
+    others = {id(p) for module in model.modules() if isinstance(module, nn.Embedding) for p in module.parameters()}
+    others |= {id(p) for p in head.parameters()} if isinstance(head, nn.Module) else set()
+    return {
+        id(module.weight): isinstance(module, Conv1D)
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear | Conv1D) and not _ROUTER.search(name) and id(module.weight) not in others
+    }
+
+
 def _optimizers(
-    table: LocalOptimizer, parameters: Sequence[nn.Parameter], embeddings: set[int]
+    table: LocalOptimizer, parameters: Sequence[nn.Parameter], model: nn.Module
 ) -> list[torch.optim.Optimizer]:
     match table:
         case AdamW():
             return [_adamw(parameters, table.learning_rate, table)]
         case Muon():
-            matrices = [p for p in parameters if p.ndim == 2 and id(p) not in embeddings]
-            others = [p for p in parameters if p.ndim != 2 or id(p) in embeddings]
+            hidden = hidden_matrices(model)
+            matrices = [p for p in parameters if id(p) in hidden]
+            if not matrices:
+                raise RecipeError(
+                    "local.optimizer muon: none of the parameters that learn is the weight of a hidden linear layer",
+                    'use kind = "adamw"',
+                )
             muon = torch.optim.Muon(
-                matrices, lr=table.learning_rate, momentum=table.momentum, weight_decay=table.weight_decay
+                _muon_groups(table, matrices, hidden),
+                lr=table.learning_rate,
+                momentum=table.momentum,
+                weight_decay=table.weight_decay,
             )
-            return [muon, _adamw(others, table.adamw_learning_rate, table)]
+            return [muon, _adamw([p for p in parameters if id(p) not in hidden], table.adamw_learning_rate, table)]
         case LocalSgd():
             groups = _decay_matrices(parameters, table.weight_decay)
             return [torch.optim.SGD(groups, lr=table.learning_rate, momentum=table.momentum, fused=True)]
+
+
+def _muon_groups(table: Muon, matrices: Sequence[nn.Parameter], hidden: Mapping[int, bool]) -> list[_Group]:
+    """All in one group, but one for each shape stored ``(in, out)``, with the rate of its transpose.
+
+    torch steps by ``rate x sqrt(max(1, rows / columns))``, which means ``out / in``, and decays by ``rate x decay``.
+    """
+    groups: list[_Group] = [{"params": [p for p in matrices if not hidden[id(p)]]}]
+    turned: dict[tuple[int, ...], list[nn.Parameter]] = {}
+    for parameter in matrices:
+        if hidden[id(parameter)]:
+            turned.setdefault(tuple(parameter.shape), []).append(parameter)
+    for (rows, columns), alike in turned.items():
+        factor = math.sqrt(max(1, columns / rows) / max(1, rows / columns))
+        scaled: _Group = {"lr": factor * table.learning_rate, "weight_decay": table.weight_decay / factor}
+        groups.append({"params": alike, **scaled})
+    return [group for group in groups if group["params"]]
 
 
 def _adamw(parameters: Sequence[nn.Parameter], rate: float, table: AdamW | Muon) -> torch.optim.Optimizer:

@@ -22,9 +22,11 @@ class AdamW(Table):
 
 
 class Muon(Table):
-    """Muon on the matrices of the layers, AdamW on embeddings, head and vectors (MuLoCo, arXiv 2505.23725)."""
+    """Muon on the weights of linear layers within the stack, AdamW on all else (MuLoCo, arXiv 2505.23725)."""
 
-    kind: Literal["muon"] = setting("muon", "Muon for matrices, AdamW for the rest.")
+    kind: Literal["muon"] = setting(
+        "muon", "Muon for hidden matrices; AdamW for embeddings of all kinds, head, routers, stacked experts, vectors."
+    )
     learning_rate: float = setting(0.02, "Peak learning rate of Muon.", gt=0)
     momentum: float = setting(0.95, "Momentum of Muon.", unit="per step", ge=0, lt=1)
     adamw_learning_rate: float = setting(2e-3, "Peak learning rate of AdamW.", gt=0)

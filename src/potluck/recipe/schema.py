@@ -16,6 +16,7 @@ from potluck.recipe.adaptive import adaptive_faults
 from potluck.recipe.editing import Editing, editing_faults
 from potluck.recipe.engine import HOUR, Engine, InProcess, Nats, engine_faults
 from potluck.recipe.local import Local
+from potluck.recipe.schedules import schedule_fault
 from potluck.recipe.sources import Data, Participant
 from potluck.recipe.table import Table, setting
 from potluck.recipe.updates import Eager, Overlap, Streaming, Updates, chain_faults
@@ -366,9 +367,8 @@ def _contradictions(recipe: Recipe) -> Iterator[str]:
         yield f"rounds.min_contributors {recipe.min_contributors}: only {recipe.asked_per_round} are asked each round"
     if recipe.rounds.late == "keep" and recipe.rounds.streaming is not None:
         yield "rounds.late and rounds.streaming: what is late is kept only where a round has the whole model"
-    warmup = recipe.local.schedule.warmup_steps
-    if recipe.rounds.count and warmup >= recipe.total_local_steps:
-        yield f"local.schedule.warmup_steps {warmup}: the run has only {recipe.total_local_steps} local steps"
+    if recipe.rounds.count and (fault := schedule_fault(recipe.local.schedule, recipe.total_local_steps)):
+        yield fault
     yield from chain_faults(recipe.updates.links)
     yield from _streaming_faults(recipe)
     yield from adaptive_faults(recipe)
