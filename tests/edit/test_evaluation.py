@@ -13,7 +13,6 @@ from potluck.compose.base import Base, load_base
 from potluck.corpus.world import documents_of, facts
 from potluck.edit.evaluation import answered, answers_before, score_edits
 from potluck.edit.facts import write_edits
-from potluck.edit.fluency import ngram_entropy
 from potluck.edit.layout import layout_of
 from potluck.edit.moments import key_moments
 from potluck.edit.of_world import changed_world, edits_of_world
@@ -57,10 +56,6 @@ def test_facts_are_traced_to_the_end_of_the_prompt(base: Base) -> None:
     assert int(upper.argmax()) == PLACES.index("last of prompt") and float(upper.max()) > 0.8
     with pytest.raises(EditError, match="none of 2 facts"):
         causal_trace(base, changed_world(2, 0))
-
-
-def test_entropy_of_a_text_that_repeats_itself_is_nothing() -> None:
-    assert ngram_entropy([7] * 30) == 0 < ngram_entropy([1, 2] * 15) < ngram_entropy(list(range(30)))
 
 
 def test_the_verbs_say_it(potluck: Callable[..., Any], tmp_path: Path) -> None:

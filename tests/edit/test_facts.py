@@ -32,6 +32,8 @@ def written(path: Path, rows: object) -> Path:
         ([GOOD, {**GOOD, "id": "b", "prompt": "Ada  lives in", "target": "Rome"}, GOOD], "two edits are called a"),
         ([{**GOOD, "id": str(i), "prompt": f"Ada {i}"} for i in range(10_000)], "10000 edits at once, more than 5000"),
         ([{**GOOD, "prompt": "Ada " * 600}], "more than 2000 characters"),
+        ([{**GOOD, "place": 4}], "'Ada' is not at place 4"),
+        ([{**GOOD, "truths": ["x"]}], "1 truths of 0 neighbours"),
         ([GOOD, {"id": "b"}], "record 1 has another form"),
         ([{**GOOD, "targets": "x"}], "record 0 has another form"),
         ([{"question": "Who?"}], "are not edits"),
@@ -60,17 +62,42 @@ def test_own_files_come_back_as_they_were(tmp_path: Path) -> None:
 
 @pytest.mark.skipif(not EDITS.is_dir(), reason="needs the shared data")
 @pytest.mark.parametrize(
-    ("name", "first"),
+    ("name", "first", "bad"),
     [
-        ("counterfact-val", "BBC One, by"),
-        ("multi_counterfact-50", "The mother tongue of Danielle Darrieux is"),
-        ("zsre_mend_train-1k", "What is the product made by UniFirst?"),
+        ("counterfact-val", "BBC One, by", 7),
+        ("multi_counterfact-50", "The mother tongue of Danielle Darrieux is", 0),
+        ("zsre_mend_train-1k", "What is the product made by UniFirst?", 2),
     ],
 )
-def test_published_forms_are_read(tmp_path: Path, name: str, first: str) -> None:
-    rows = json.loads((EDITS / f"{name}.json").read_text())[:40]
-    edits = read_edits(written(tmp_path / "edits.json", rows))
-    assert len(edits) == 40 and edits[0].prompt == first and all(edit.rephrases and edit.neighbours for edit in edits)
+def test_published_files_are_read_whole(name: str, first: str, bad: int) -> None:
+    left_out: list[str] = []
+    edits = read_edits(EDITS / f"{name}.json", left_out=left_out)
+    assert len(left_out) == bad and edits[0].prompt == first
+    assert all(edit.rephrases and edit.neighbours and edit.truths for edit in edits)
+
+
+def test_records_of_published_files_that_cannot_be_edited_are_named(tmp_path: Path) -> None:
+    good = {"subject": "Ada", "src": "Where is Ada?", "alt": " Rome", "answers": ["Rome", "Oslo"], "rephrase": "Ada is"}
+    good |= {"loc": "nq question: who sings", "loc_ans": "Bo"}
+    rows = [good, {**good, "alt": ""}, {**good, "alt": "Bonn"}, {"subject": "Ada"}]
+    left_out: list[str] = []
+    (edit,) = read_edits(written(tmp_path / "edits.json", rows), left_out=left_out)
+    assert (edit.target, edit.old, edit.neighbours, edit.truths) == ("Rome", "Oslo", ("who sings",), ("Bo",))
+    assert [text.partition(":")[0] for text in left_out] == ["record 1", "record 2", "record 3"]
+    assert "target is empty" in left_out[0] and "contradict" in left_out[1]
+    with pytest.raises(EditError, match="edit 1: the target is empty"):
+        read_edits(tmp_path / "edits.json")
+    with pytest.raises(EditError, match="none of 1 records"):
+        read_edits(written(tmp_path / "edits.json", [{**good, "alt": ""}]), left_out=[])
+    with pytest.raises(EditError, match="the target is empty"):  # one's own file
+        read_edits(written(tmp_path / "edits.json", [GOOD, {**GOOD, "id": "b", "target": ""}]), left_out=[])
+
+
+def test_requests_of_memit_are_read(tmp_path: Path) -> None:
+    rows = [{"case_id": 7, "prompt": "{} lives in", "subject": "Ada", "target_new": {"str": " Rome"}}]
+    rows[0]["target_true"] = {"str": " Oslo"}
+    (edit,) = read_edits(written(tmp_path / "edits.json", rows))
+    assert (edit.id, edit.prompt, edit.target, edit.old, edit.place) == ("7", "Ada lives in", "Rome", "Oslo", 0)
 
 
 def test_the_world_is_the_same_whoever_asks(tmp_path: Path) -> None:
