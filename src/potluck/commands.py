@@ -130,9 +130,8 @@ def generate_together(
     base, here, others = _together(source, assistants, key_from, warnings)
     vocabulary = base.vocabulary
     rule = rule_of(choice, base, others)
-    context = [vocabulary.end_of_text, *vocabulary.tokenizer.encode(prompt, add_special_tokens=False).ids]
-    end = vocabulary.end_of_text
-    found = decode(here, others, rule, context, max_tokens=max_tokens, end_of_text=end, sampling=sampling)
+    context, stops = vocabulary.prompt(prompt), vocabulary.stops
+    found = decode(here, others, rule, context, max_tokens=max_tokens, stops=stops, sampling=sampling)
     asked = {name: {"said": found.said[name], **asdict(counts)} for name, counts in found.counts.items()}
     text = vocabulary.tokenizer.decode(found.tokens)
     return {"prompt": prompt, "text": text, "rule": choice.rule, "models": asked, "warnings": warnings}

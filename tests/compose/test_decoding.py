@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import socket
+import string
 import threading
 import time
 from collections import Counter
@@ -83,7 +84,7 @@ def greedy(model: PreTrainedModel, count: int, prompt: Sequence[int] = PROMPT) -
 
 
 def together(rule: Rule, base: NextToken, *assistants: NextToken, count: int = 20, **sampling: Any) -> Decoded:
-    return decode(base, assistants, rule, PROMPT, max_tokens=count, end_of_text=END, sampling=Sampling(**sampling))
+    return decode(base, assistants, rule, PROMPT, max_tokens=count, stops={END}, sampling=Sampling(**sampling))
 
 
 class Fixed:
@@ -264,6 +265,34 @@ def test_a_text_ends_where_somebody_ends_it(large: Here) -> None:
 
 def ends_twin(model: Fixed) -> Fixed:
     return Fixed("twin", model.row)
+
+
+def test_any_of_several_tokens_ends_a_text(large: Here) -> None:
+    """A chat model ends its turn with one token, and a document with another."""
+    whole = greedy(large.model, 6)
+    ends = next(at for at, token in enumerate(whole) if token not in whole[:at] and at)
+    found = decode(
+        large, [Here("other", large.model, V)], Speculative(2), PROMPT, max_tokens=6, stops={END, whole[ends]},
+        sampling=Sampling(),
+    )  # fmt: skip
+    assert found.tokens == whole[:ends]
+
+
+def test_a_prompt_begins_as_the_tokenizer_begins_it(potluck: Potluck, tmp_path: Path) -> None:
+    """This one puts nothing before a text; together then say what one of them says alone."""
+    from tokenizers import Tokenizer, decoders, pre_tokenizers
+    from tokenizers import models as kinds
+    from transformers import PreTrainedTokenizerFast
+
+    letters = {letter: at for at, letter in enumerate(["<|endoftext|>", *string.ascii_letters[: V + 1]])}
+    tokenizer = Tokenizer(kinds.BPE(letters, []))
+    tokenizer.pre_tokenizer, tokenizer.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    for seed, name in enumerate(("a", "b")):
+        tiny(seed).save_pretrained(tmp_path / name)
+        PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<|endoftext|>").save_pretrained(tmp_path / name)
+    words = ("--prompt", "bad", "--max-tokens", 6, "--temperature", 0, "--json")
+    alone = potluck("generate", "b", *words).result["text"]
+    assert potluck("generate", "a", *words, "--assistant", "b", "--rule", "speculative").result["text"] == alone
 
 
 def test_the_same_seed_draws_the_same(small: Here, large: Here) -> None:

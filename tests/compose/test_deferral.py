@@ -178,7 +178,7 @@ def test_the_rule_calls_an_assistant_above_its_threshold_only(models: list[Here]
     base, assistants = models[0], models[1:]
     gates = Gates(torch.randn(2, 32, generator=torch.Generator().manual_seed(0)), torch.tensor([0.2, -0.1]))
     rule = Defer(gates, 0.6)
-    found = decode(base, assistants, rule, [END, 3], max_tokens=30, end_of_text=V, sampling=Sampling())
+    found = decode(base, assistants, rule, [END, 3], max_tokens=30, stops={V}, sampling=Sampling())
     tokens = [END, 3]
     for token, by in zip(found.tokens, found.by, strict=True):
         rows, states = base.look(tokens)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 from typing import NamedTuple, Protocol
 
@@ -96,7 +96,7 @@ class Decoded:
     """A text that models said together.
 
     Attributes:
-        tokens: After the prompt, without the end-of-text token.
+        tokens: After the prompt, without the one that ended it.
         by: Who said each of them.
         counts: What each model was asked, by name.
     """
@@ -118,10 +118,13 @@ def decode(
     prompt: Sequence[int],
     *,
     max_tokens: int,
-    end_of_text: int,
+    stops: Collection[int],
     sampling: Sampling,
 ) -> Decoded:
     """Go on with a prompt until somebody ends the text or ``max_tokens`` were said.
+
+    Args:
+        stops: Tokens that end the text.
 
     Raises:
         ModelError: The models do not share a vocabulary, or the text outgrows a context.
@@ -133,13 +136,13 @@ def decode(
     models = [base, *assistants]
     before = [replace(model.counts) for model in models]
     said: list[Said] = []
-    while len(said) < max_tokens and not (said and said[-1].token == end_of_text):
+    while len(said) < max_tokens and not (said and said[-1].token in stops):
         text = Text([*prompt, *(token for token, _ in said)], max_tokens - len(said))
         for turn in rule(base, assistants, text, sampling)[: text.room]:
             said.append(turn)
-            if turn.token == end_of_text:
+            if turn.token in stops:
                 break
-    if said and said[-1].token == end_of_text:
+    if said and said[-1].token in stops:
         said.pop()
     counts = {model.name: model.counts.since(then) for model, then in zip(models, before, strict=True)}
     return Decoded([token for token, _ in said], [name for _, name in said], counts)

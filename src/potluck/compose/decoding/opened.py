@@ -139,7 +139,7 @@ def _ends(base: Base, delimiter: str) -> Callable[[Sequence[int]], bool]:
 
     def ends(step: Sequence[int]) -> bool:
         said = vocabulary.tokenizer.decode(list(step), skip_special_tokens=False)
-        return step[-1] == vocabulary.end_of_text or delimiter in said
+        return step[-1] in vocabulary.stops or delimiter in said
 
     if not delimiter:
         raise RecipeError("--delimiter is empty: no step would begin")

@@ -74,15 +74,16 @@ def forget(keep: Storage) -> None:
 
 def _piece(base: Base, windows: int, window: int, device: str, seed: int) -> np.ndarray:
     network, end = placed(base.model, device), base.vocabulary.end_of_text
+    begun = base.vocabulary.prompt("")
     settings = GenerationConfig(
         min_new_tokens=window, max_new_tokens=window, do_sample=True, top_k=0, pad_token_id=end, eos_token_id=None
     )
-    start = torch.full((windows, 1), end, device=network.device)
+    start = torch.tensor([begun] * windows, device=network.device)
     torch.manual_seed(seed)
     with torch.no_grad():
         model = cast(Any, network.model)
         whole = model.generate(start, attention_mask=torch.ones_like(start), generation_config=settings)
-    return np.asarray(whole[:, 1:].flatten().cpu().numpy())
+    return np.asarray(whole[:, len(begun) :].flatten().cpu().numpy())
 
 
 def _kept(keep: Storage, about: dict[str, Any], base: Base) -> np.ndarray | None:
