@@ -1,9 +1,10 @@
 """Together, each alone, and pooled: the same recipe, the same initial weights, equal tokens.
 
 - *together*: the recipe as it is.
-- *alone*: one participant takes just the local steps that it takes in the run together, on its own text only.
-- *pooled*: each local step averages the gradients of one batch from every participant, as data-parallel training
-  of all text in one place would: as many tokens as all participants together process, in the same order.
+- *alone*: one participant takes just the local steps that it takes in the run together, on its own text only: none, if
+  it is never asked.
+- *pooled*: each local step averages the gradients of one batch from every participant that is asked in the round, as
+  data-parallel training of all text in one place would: the tokens that all together process, in the same order.
 """
 
 from __future__ import annotations
@@ -33,23 +34,22 @@ def planned_runs(recipe: Recipe, folder: Path, pooled: bool) -> Iterator[Planned
     """The runs of a comparison, in the order in which they are made."""
     names = recipe.participant_names
     yield Planned(folder / "together", Variant("together", names), recipe)
-    rounds_of = _rounds_of(recipe)
+    rounds = asked_in(recipe)
     for name in names:
-        yield Planned(folder / "alone" / name, Variant("alone", (name,)), _solo(recipe, rounds_of[name]))
-    if pooled:
-        rounds = -(-sum(rounds_of.values()) // len(names))
-        yield Planned(folder / POOLED, Variant("pooled", (POOLED,)), _solo(recipe, rounds))
+        served = sum(name in chosen for chosen in rounds)
+        yield Planned(folder / "alone" / name, Variant("alone", (name,)), _solo(recipe, served, {"fraction": None}))
+    if pooled:  # it keeps how many are asked: so many batches make a step
+        asked = {"participants_per_round": recipe.rounds.participants_per_round}
+        yield Planned(folder / POOLED, Variant("pooled", (POOLED,)), _solo(recipe, len(rounds), asked))
 
 
-def _rounds_of(recipe: Recipe) -> dict[str, int]:
-    """In how many rounds each participant is asked."""
+def asked_in(recipe: Recipe) -> list[list[str]]:
+    """Who is asked in each round of a recipe."""
     names, settings = recipe.participant_names, recipe.rounds
-    asked = asked_by_round(names, recipe.asked_per_round, settings.sampling, recipe.seed)
-    rounds = list(islice(asked, settings.count))
-    return {name: max(1, sum(name in chosen for chosen in rounds)) for name in names}
+    return list(islice(asked_by_round(names, recipe.asked_per_round, settings.sampling, recipe.seed), settings.count))
 
 
-def _solo(recipe: Recipe, rounds: int) -> Recipe:
+def _solo(recipe: Recipe, rounds: int, changes: dict[str, object]) -> Recipe:
     """One trainer, no outer step, nothing compressed: after each round the shared state is what it reached.
 
     The learning rate follows the run's own local steps; a run of fewer rounds warms up for the same share of it.
@@ -57,14 +57,13 @@ def _solo(recipe: Recipe, rounds: int) -> Recipe:
     changed = {
         "count": rounds,
         "participants_per_round": 1,
-        "fraction": None,
         "min_contributors": 1,
         "on_failure": "stop",
         "streaming": None,
+        **changes,
     }
     schedule = recipe.local.schedule
-    warmup = schedule.warmup_steps * rounds // recipe.rounds.count
+    warmup = schedule.warmup_steps * rounds // max(1, recipe.rounds.count)
     local = recipe.local.model_copy(update={"schedule": schedule.model_copy(update={"warmup_steps": warmup})})
     solo_rounds = recipe.rounds.model_copy(update=changed)
-    changes = {"outer": OuterSgd(), "local": local, "rounds": solo_rounds, "updates": Updates()}
-    return recipe.model_copy(update=changes)
+    return recipe.model_copy(update={"outer": OuterSgd(), "local": local, "rounds": solo_rounds, "updates": Updates()})

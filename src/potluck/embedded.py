@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import platform
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -14,8 +14,9 @@ import torch
 import transformers
 from torch import Tensor
 
+from potluck.comparison import asked_in
 from potluck.contribution import ParticipantInfo
-from potluck.corpus.batches import Batches, documents_drawn
+from potluck.corpus.batches import Batches, Seat, documents_drawn
 from potluck.corpus.shards import Corpus, Holding, build_corpus
 from potluck.corpus.tokenizer import Vocabulary
 from potluck.edit.layout import layout_of
@@ -259,8 +260,17 @@ def _participants(
     if variant.kind == "pooled":
         (name,) = variant.trainers
         state = new_state(network, optimizer, recipe, fragments)
-        everybody[name] = Participant(name, recipe, network, optimizer, tuple(batches.values()), None, state, fragments)
+        drawn = _pooled(recipe, batches)
+        everybody[name] = Participant(name, recipe, network, optimizer, drawn, None, state, fragments)
     return everybody
+
+
+def _pooled(recipe: Recipe, batches: Mapping[str, Batches]) -> tuple[Batches | Seat, ...]:
+    """What a pooled step draws from: one batch of everybody, or of each who is asked in the round."""
+    if recipe.asked_per_round == len(batches):
+        return tuple(batches.values())
+    rounds, per_round = asked_in(recipe), recipe.local_steps * recipe.local.batch_size * recipe.local.accumulation
+    return tuple(Seat(batches, rounds, place, per_round) for place in range(recipe.asked_per_round))
 
 
 def _secret(recipe: Recipe) -> bytes:

@@ -14,7 +14,7 @@ from potluck.compose.decoding.models import NextToken
 from potluck.compose.decoding.participants import KIND as PREDICT
 from potluck.compose.decoding.participants import answered
 from potluck.contribution import Contribution, Task
-from potluck.corpus.batches import Batches
+from potluck.corpus.batches import Batches, Seat
 from potluck.corpus.shards import Shard
 from potluck.errors import EditError, TrainingError
 from potluck.local.evaluate import negative_log_likelihood
@@ -66,7 +66,7 @@ class Participant:
     recipe: Recipe
     network: Network
     optimizer: InnerOptimizer
-    batches: tuple[Batches, ...]
+    batches: tuple[Batches | Seat, ...]
     validation: Shard | None
     state: LocalState
     fragments: tuple[Fragment, ...]

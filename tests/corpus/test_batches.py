@@ -9,7 +9,7 @@ import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
-from potluck.corpus.batches import Batches, documents_drawn, permuted
+from potluck.corpus.batches import Batches, Seat, documents_drawn, permuted
 from potluck.corpus.shards import Shard
 
 
@@ -61,3 +61,22 @@ def test_documents_drawn(tmp_path: Path) -> None:
     for cursor in (0, 1, 5, batches.sequences, 3 * batches.sequences):
         expected = sorted({int(token) for token in batches.draw(0, cursor).ravel()})
         assert documents_drawn(shard, batches, cursor) == [str(i) for i in expected]
+
+
+@given(
+    st.lists(st.permutations("abc"), min_size=1, max_size=6), st.integers(1, 2), st.integers(1, 5), st.integers(1, 9)
+)
+def test_the_places_of_a_round_draw_what_those_who_are_asked_draw(
+    orders: list[list[str]], asked: int, per_round: int, count: int
+) -> None:
+    rounds = [sorted(order[:asked]) for order in orders]
+    everybody = {name: Batches(np.arange(50 * i, 50 * i + 41), 2, i) for i, name in enumerate("abc")}
+    seats = [Seat(everybody, rounds, place, per_round) for place in range(asked)]
+    served = dict.fromkeys("abc", 0)
+    for number, names in enumerate(rounds):
+        for seat, name in zip(seats, names, strict=True):
+            expected = everybody[name].draw(served[name] * per_round, per_round)
+            assert np.array_equal(seat.draw(number * per_round, per_round), expected)
+            served[name] += 1
+    whole = seats[0].draw(0, len(rounds) * per_round + count)  # cut at any place, and on after the last round
+    assert np.array_equal(whole, np.concatenate([seats[0].draw(i, 1) for i in range(len(whole))]))

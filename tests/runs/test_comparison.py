@@ -63,6 +63,21 @@ def test_all_see_equally_many_tokens(compared: tuple[Path, Path, Any], events: C
     assert {name: tokens[f"alone/{name}"] for name in spent} == spent
 
 
+def test_with_few_asked_all_still_see_equally_many_tokens(
+    tmp_path: Path, potluck_in: Callable[[Path], Potluck], tables: Tables, events: Callable[..., Events]
+) -> None:
+    """Two of three are asked once, the third never; a pooled step has the batch of whoever is asked."""
+    verbs = potluck_in(tmp_path)
+    recipe = verbs.recipe({**tables, "rounds": {"count": 2, "local_steps": 2, "participants_per_round": 1}})
+    verbs("compare", recipe, "--set", f"records.folder={tmp_path / 'few'}")
+    verbs.end()
+    tokens = {run: events(tmp_path / "few" / run, "run_finished")[0]["total_tokens"] for run in RUNS}
+    assert tokens["together"] == tokens["pooled"] == sum(tokens[f"alone/{name}"] for name in NAMES) == 2 * 2 * 32
+    assert sorted(tokens[f"alone/{name}"] for name in NAMES) == [0, 64, 64]
+    together, pooled = (events(tmp_path / "few" / run, "contribution") for run in ("together", "pooled"))
+    assert together[0]["loss"] == pooled[0]["loss"] != pooled[1]["loss"]
+
+
 def test_alone_draws_what_it_draws_together(compared: tuple[Path, Path, Any], events: Callable[..., Events]) -> None:
     """In the first round nothing has been shared yet: the same loss, to the bit."""
     _, folder, _ = compared

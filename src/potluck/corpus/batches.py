@@ -9,8 +9,10 @@ from __future__ import annotations
 
 import json
 import math
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from itertools import compress
 
 import numpy as np
@@ -72,6 +74,57 @@ class Batches:
             parts.append(permuted(np.arange(first, last), n, self.seed, epoch))
             cursor += last - first
         return np.concatenate(parts) if parts else np.empty(0, np.int64)
+
+
+@dataclass(frozen=True)
+class Seat:
+    """One of the places of a round that asks a few of many: whoever sits there draws its own batches in its own order.
+
+    The k-th of the rounds that ask a participant draws what its k-th round of a run together does.
+
+    Attributes:
+        everybody: All who may be asked.
+        rounds: Who is asked in each round, by place.
+        place: Which of them this is.
+        per_round: Sequences that each of them draws in a round.
+    """
+
+    everybody: Mapping[str, Batches]
+    rounds: Sequence[Sequence[str]]
+    place: int
+    per_round: int
+
+    @property
+    def sequences(self) -> int:
+        """A place's share of all sequences: those of one epoch."""
+        return max(1, sum(batches.sequences for batches in self.everybody.values()) // len(self.rounds[0]))
+
+    @cached_property
+    def _served(self) -> list[int]:
+        """For each round, in how many before it whoever sits here was asked."""
+        count: Counter[str] = Counter()
+        served = []
+        for names in self.rounds:
+            served.append(count[names[self.place]])
+            count.update(names)
+        return served
+
+    def draw(self, cursor: int, count: int) -> np.ndarray:
+        """As `Batches.draw`; after the last round the first comes again.
+
+        Args:
+            cursor: Sequences drawn at this place so far.
+            count: Sequences to draw.
+        """
+        parts = []
+        while count:
+            number, first = divmod(cursor, self.per_round)
+            again, number = divmod(number, len(self.rounds))
+            name, taken = self.rounds[number][self.place], min(count, self.per_round - first)
+            before = self._served[number] + again * sum(name in names for names in self.rounds)
+            parts.append(self.everybody[name].draw(before * self.per_round + first, taken))
+            cursor, count = cursor + taken, count - taken
+        return np.concatenate(parts)
 
 
 def permuted(positions: np.ndarray, n: int, seed: int, epoch: int) -> np.ndarray:
