@@ -218,7 +218,7 @@ def moments_of(base: Base, kept: Sequence[Question], text: Path | None, layers: 
     """
     if text is None and not kept:
         raise EditError("nothing says what shall stay", "name questions with --retain, or a text with --text")
-    texts = texts_of(text) if text else [" ".join(f"{q.question} {q.answer}." for q in kept)]
+    texts = texts_of(text) if text else [" ".join(f"{q.question} {q.answer.rstrip('.')}." for q in kept)]
     length = min(_SEQUENCE, getattr(base.model.config, "max_position_embeddings", _SEQUENCE))
     return key_moments(base, layout_of(base.model), layers, texts, length)
 

@@ -65,6 +65,7 @@ def _continued(base: Base, begun: Sequence[Sequence[int]], count: int) -> list[l
 
 
 def _text(base: Base, tokens: list[int]) -> str:
-    end = base.vocabulary.end_of_text
-    text: str = base.vocabulary.tokenizer.decode(tokens[: tokens.index(end)] if end in tokens else tokens)
+    stops = base.vocabulary.stops
+    end = next((i for i, token in enumerate(tokens) if token in stops), len(tokens))
+    text: str = base.vocabulary.tokenizer.decode(tokens[:end])
     return text.strip()
