@@ -110,6 +110,40 @@ class ParticipantInfo:
     evaluates: bool = True
 
 
+class Shelf:
+    """Tensors for a checkpoint, each under a name of its own, and once however often it is put there."""
+
+    def __init__(self) -> None:
+        self.tensors: dict[str, Tensor] = {}
+        self._names: dict[int, str] = {}
+
+    def put(self, tensor: Tensor) -> str:
+        """The name under which a tensor lies."""
+        name = self._names.setdefault(id(tensor), f"{len(self.tensors):06d}")
+        self.tensors.setdefault(name, tensor)
+        return name
+
+
+def reply_facts(reply: Reply, shelf: Shelf) -> Fields:
+    """A reply as JSON, its tensors on the shelf: what ``reply_of`` reads."""
+    said = reply.contribution
+    facts = {key: value for key, value in vars(reply).items() if key not in ("contribution", "lasting")}
+    if said is None:
+        return {**facts, "contribution": None}
+    tensors = {name: shelf.put(tensor) for name, tensor in said.tensors.items()}
+    about = {"kind": said.kind, "revision": said.revision, "header": dict(said.header), "tensors": tensors}
+    return {**facts, "contribution": about}
+
+
+def reply_of(facts: Fields, shelf: Mapping[str, Tensor]) -> Reply:
+    """The reply that ``reply_facts`` told of."""
+    said = facts["contribution"]
+    if said is not None:
+        tensors = {name: shelf[place] for name, place in said["tensors"].items()}
+        said = Contribution(kind=said["kind"], revision=said["revision"], header=said["header"], tensors=tensors)
+    return Reply(**{**facts, "contribution": said, "lasting": True})
+
+
 def kept(reply: Reply) -> Reply:
     """A reply that outlives its participant's next task: its tensors are copied out of working memory."""
     if reply.contribution is None or reply.lasting:

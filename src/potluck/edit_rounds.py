@@ -143,7 +143,7 @@ class _Post:
     def _task(self, kind: str, name: str, about: Header, digest: str, changed: Mapping[str, Tensor]) -> Task:
         shared, tensors = self.shared, dict[str, Tensor]()
         if kind != CLAIMS:  # of claims the shared state is no part
-            tensors = {**shared.downloads.tensors(name, shared.theta, shared.revision), **changed}
+            tensors = {**shared.downloads.tensors(name, shared.given, shared.revision), **changed}
         return Task(
             kind=kind,
             revision=shared.revision,

@@ -103,7 +103,7 @@ def forecast(recipe: Recipe) -> Forecast:
         vocabulary_size=vocabulary,
         device_bytes=_FP32 * (2 * parameters + frozen_count(recipe.model)) + _activations(recipe, vocabulary),
         participant_bytes=_FP32 * parameters * _participant_vectors(recipe),
-        coordinator_bytes=_FP32 * parameters * (2 + _outer_vectors(recipe)) + _kept_for_downloads(messages),
+        coordinator_bytes=_FP32 * parameters * _coordinator_vectors(recipe) + _kept_for_downloads(messages),
         update_bytes=sum(updates) // len(updates),
         peak_update_bytes=max(updates),
         download_bytes=sum(downloads) // len(downloads),
@@ -236,6 +236,11 @@ def _kept_for_downloads(messages: Messages) -> int:
         return 0
     history = sum(payload_bytes(messages.step(number % count)) for number in range(download.history))
     return history + (_FP32 * messages.size if isinstance(download, QuantizedDownload) else 0)
+
+
+def _coordinator_vectors(recipe: Recipe) -> int:
+    """fp32 vectors: shared state and mean; of late tasks, the states that they began from."""
+    return 2 + _outer_vectors(recipe) + 2 * recipe.keeps_late
 
 
 def _outer_vectors(recipe: Recipe) -> int:

@@ -33,6 +33,8 @@ from potluck.records.folder import Variant
 from potluck.rounds.evaluation import evaluate_shared
 from potluck.rounds.state import begin
 from potluck.rounds.sync import run_rounds
+from potluck.rounds.under_way import restore as restore_under_way
+from potluck.rounds.under_way import saved as under_way_of
 from potluck.updates.fragments import Fragment
 
 Parts = dict[str, dict[str, Tensor]]
@@ -87,7 +89,7 @@ class Run:
         checkpoint: Checkpoint | None = None,
     ) -> None:
         self.recipe, self.folder, self.variant, self.side = recipe, folder, variant, side
-        self.shared = begin(recipe, initial.clone(), fragments)
+        self.shared, self.engine = begin(recipe, initial.clone(), fragments), side.engine()
         self.edits = EditRounds(recipe, side.maps())
         self.best: tuple[float, int] | None = None
         self.continued = checkpoint is not None
@@ -106,7 +108,7 @@ class Run:
 
     def finish(self, stop_requested: Callable[[], bool]) -> None:
         """Run the rounds that are left; the errors are those of ``run_rounds``, and `StorageError`."""
-        engine = self.side.engine()
+        engine = self.engine
         try:
             if self.continued:
                 self.log.write("run_resumed", round=self.shared.revision)
@@ -152,6 +154,7 @@ class Run:
         self.log.write("checkpoint", round=number, state_hash=digest)
         participants, parts = self.side.saved()
         editing, past = self.edits.saved()
+        waiting, under_way = under_way_of(self.shared, self.engine)
         facts = {
             "recipe": recipe_hash(self.recipe),
             "variant": _variant_facts(self.variant),
@@ -164,9 +167,11 @@ class Run:
             "seconds": self._seconds(),
             "participants": participants,
             "editing": editing,
+            "under_way": waiting,
         }
         shared: Parts = {"shared": {"theta": self.shared.theta}, "outer": self._coordinator_tensors()}
-        save_checkpoint(self._checkpoints, number, facts, {**shared, **({"past": past} if past else {}), **parts})
+        more = {name: part for name, part in (("past", past), ("under-way", under_way)) if part}
+        save_checkpoint(self._checkpoints, number, facts, {**shared, **more, **parts})
         keep_best = self.best[1] if self.best is not None and self.recipe.records.keep_best else None
         prune_checkpoints(self._checkpoints, self.recipe.records.keep_last, keep_best)
 
@@ -188,6 +193,8 @@ class Run:
         if "editing" in facts:
             self.edits.restore(facts["editing"], parts.get("past", {}))
         self.side.restore(checkpoint)
+        if "under_way" in facts:
+            restore_under_way(self.shared, self.engine, facts["under_way"], parts.get("under-way", {}))
 
     def _coordinator_tensors(self) -> dict[str, Tensor]:
         """For each fragment: the outer optimizer's vectors, and what downloads have not said yet."""

@@ -7,10 +7,27 @@ import heapq
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING
 
-from potluck.contribution import Contribution, ParticipantId, ParticipantInfo, Reply, Task, TaskId, kept
+from potluck.contribution import (
+    Contribution,
+    Fields,
+    ParticipantId,
+    ParticipantInfo,
+    Reply,
+    Shelf,
+    Task,
+    TaskId,
+    kept,
+    reply_facts,
+    reply_of,
+)
+from potluck.engine.protocol import Tasks
 from potluck.errors import PotluckError
 from potluck.recipe.sources import Profile
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 Perform = Callable[[ParticipantId, Task], Contribution]
 WireBytes = Callable[[Task | Contribution], int]
@@ -18,7 +35,10 @@ WireBytes = Callable[[Task | Contribution], int]
 
 @dataclass(order=True)
 class _Pending:
-    """A task under way: due to be performed, or, once there is a reply, to arrive."""
+    """A task under way: due to be performed, or, once there is a reply, to arrive.
+
+    On the virtual clock its participant works on it from ``begins`` to ``until``.
+    """
 
     due: float
     task_id: TaskId
@@ -27,6 +47,19 @@ class _Pending:
     sent: float = field(compare=False)
     down_bytes: int = field(compare=False)
     reply: Reply | None = field(compare=False, default=None)
+    arrives: float = field(compare=False, default=0.0)
+    begins: float = field(compare=False, default=0.0)
+    until: float = field(compare=False, default=0.0)
+
+
+_PENDING = (
+    "due",
+    "sent",
+    "down_bytes",
+    "arrives",
+    "begins",
+    "until",
+)  # what is saved of one beside its task and its reply
 
 
 class InProcess:
@@ -83,8 +116,12 @@ class InProcess:
             heapq.heappush(self._queue, _Pending(due, self._sent, to, task, self._virtual_now, 0, refusal))
             return self._sent
         down_bytes = self._wire_bytes(task)
-        due = self._due(to, task, down_bytes) if self._profiles else 0.0
-        heapq.heappush(self._queue, _Pending(due, self._sent, to, task, self.now(), down_bytes))
+        pending = _Pending(0.0, self._sent, to, task, self.now(), down_bytes)
+        if self._profiles:
+            profile = self._profiles[to]
+            pending.arrives = self._virtual_now + _transfer(down_bytes, profile.downlink, profile.latency)
+            self._schedule(pending)
+        heapq.heappush(self._queue, pending)
         return self._sent
 
     def receive(self, timeout: float | None = None) -> Reply | None:
@@ -106,8 +143,44 @@ class InProcess:
         return None
 
     def cancel(self, task: TaskId) -> None:
-        """Forget a task: no reply to it will come."""
-        self._queue = [pending for pending in self._queue if pending.task_id != task]
+        """Forget a task: no reply to it will come. One that was begun on the virtual clock takes its time."""
+        gone = next((pending for pending in self._queue if pending.task_id == task), None)
+        if gone is None:
+            return
+        self._queue.remove(gone)
+        if self._profiles and gone.reply is None and gone.begins > self._virtual_now:
+            self._busy_until[gone.to] = gone.begins
+            for pending in sorted(self._queue, key=lambda pending: pending.task_id):
+                if pending.to == gone.to and pending.task_id > task and pending.reply is None:
+                    self._schedule(pending)
+        heapq.heapify(self._queue)
+
+    def saved(self, shelf: Shelf) -> Fields:
+        """The virtual clock and the tasks under way on it; on the wall clock nothing is, between rounds."""
+        queue = [
+            {
+                "id": pending.task_id,
+                **{key: getattr(pending, key) for key in _PENDING},
+                "reply": pending.reply and reply_facts(pending.reply, shelf),
+            }
+            for pending in sorted(self._queue)
+        ]
+        return {"now": self._virtual_now, "sent": self._sent, "busy_until": dict(self._busy_until), "queue": queue}
+
+    def restore(self, facts: Fields, shelf: Mapping[str, Tensor], tasks: Tasks) -> None:
+        """Set the virtual clock, and go on with the tasks that were under way."""
+        self._virtual_now, self._sent = float(facts["now"]), int(facts["sent"])
+        self._busy_until = {name: float(until) for name, until in facts["busy_until"].items()}
+        self._queue = [
+            _Pending(
+                task_id=entry["id"],
+                to=tasks[entry["id"]][0],
+                task=tasks[entry["id"]][1],
+                **{key: entry[key] for key in _PENDING},
+                reply=None if entry["reply"] is None else reply_of(entry["reply"], shelf),
+            )
+            for entry in facts["queue"]
+        ]
         heapq.heapify(self._queue)
 
     def _reply(self, pending: _Pending) -> Reply:
@@ -119,15 +192,14 @@ class InProcess:
             return replace(failed, reason=str(error))
         return replace(failed, status="ok", contribution=contribution, up_bytes=up_bytes)
 
-    def _due(self, to: ParticipantId, task: Task, down_bytes: int) -> float:
-        """When the reply will leave; what the task lets overlap with its journey keeps the participant busy."""
+    def _schedule(self, pending: _Pending) -> None:
+        """One task at a time; what a task lets overlap with its reply's journey keeps the participant busy."""
         assert self._profiles is not None
-        profile = self._profiles[to]
-        arrived = self._virtual_now + _transfer(down_bytes, profile.downlink, profile.latency)
-        begins = max(arrived, self._busy_until.get(to, 0.0))
-        leaves = begins + float(task.parameters.get("steps", 0)) / profile.steps_per_second
-        self._busy_until[to] = leaves + float(task.parameters.get("overlap", 0)) / profile.steps_per_second
-        return leaves
+        speed, asked = self._profiles[pending.to].steps_per_second, pending.task.parameters
+        pending.begins = max(pending.arrives, self._busy_until.get(pending.to, 0.0))
+        pending.due = pending.begins + float(asked.get("steps", 0)) / speed
+        pending.until = pending.due + float(asked.get("overlap", 0)) / speed
+        self._busy_until[pending.to] = pending.until
 
     def _arrival(self, reply: Reply) -> float:
         assert self._profiles is not None

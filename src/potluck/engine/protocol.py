@@ -3,9 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
-from potluck.contribution import ParticipantId, ParticipantInfo, Reply, Task, TaskId
+from potluck.contribution import Fields, ParticipantId, ParticipantInfo, Reply, Shelf, Task, TaskId
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+Tasks = Mapping[TaskId, tuple[ParticipantId, Task]]
 
 
 class Engine(Protocol):
@@ -31,3 +36,13 @@ class Engine(Protocol):
 
     def now(self) -> float:
         """Engine time in seconds."""
+
+    def saved(self, shelf: Shelf) -> Fields:
+        """What a checkpoint must hold of the clock and of tasks under way, as JSON; tensors go on the shelf."""
+
+    def restore(self, facts: Fields, shelf: Mapping[str, Tensor], tasks: Tasks) -> None:
+        """Go on where ``saved`` left off.
+
+        Args:
+            tasks: Those that were under way and are not given up, under the numbers that they had.
+        """

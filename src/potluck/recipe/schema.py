@@ -19,7 +19,7 @@ from potluck.recipe.local import Local
 from potluck.recipe.schedules import schedule_fault
 from potluck.recipe.sources import Data, Participant
 from potluck.recipe.table import Table, setting
-from potluck.recipe.updates import Eager, Overlap, Streaming, Updates, chain_faults
+from potluck.recipe.updates import Eager, Overlap, Streaming, Updates, chain_faults, streaming_faults
 
 # --- tokenizer -------------------------------------------------------------------------------
 
@@ -330,6 +330,19 @@ class Recipe(Table):
         return self.rounds.deadline if any(p.profile is not None for p in self.participants) else None
 
     @property
+    def keeps_late(self) -> bool:
+        """Whether an answer may come after its round, and count in the next."""
+        return self.rounds.late == "keep" and self.deadline is not None
+
+    @property
+    def patience(self) -> float | None:
+        """Seconds for which the answer to a task of training is of use: if late ones are kept, to the next round's end.
+
+        In between everybody may be asked to evaluate.
+        """
+        return self.deadline if self.deadline is None or not self.keeps_late else 3 * self.deadline
+
+    @property
     def min_contributors(self) -> int:
         """Contributions without which a round fails."""
         return self.rounds.min_contributors or -(-self.asked_per_round // 2)
@@ -370,31 +383,10 @@ def _contradictions(recipe: Recipe) -> Iterator[str]:
     if recipe.rounds.count and (fault := schedule_fault(recipe.local.schedule, recipe.total_local_steps)):
         yield fault
     yield from chain_faults(recipe.updates.links)
-    yield from _streaming_faults(recipe)
+    yield from streaming_faults(recipe)
     yield from adaptive_faults(recipe)
     yield from engine_faults(recipe)
     yield from editing_faults(recipe)
     profiled = [p.name for p in recipe.participants if p.profile is not None]
     if profiled and len(profiled) < len(names):
         yield "participants.profile: give every participant a profile or none, one clock serves all"
-
-
-def _streaming_faults(recipe: Recipe) -> Iterator[str]:
-    streaming = recipe.rounds.streaming
-    if streaming is None:
-        return
-    if isinstance(streaming, Streaming) and streaming.overlap >= recipe.local_steps:
-        yield (
-            f"rounds.streaming.overlap {streaming.overlap}: must be less than the {recipe.local_steps} local steps "
-            "between two exchanges"
-        )
-    if recipe.fragments > recipe.rounds.count:
-        yield f"rounds.streaming.fragments {recipe.fragments}: {recipe.rounds.count} rounds exchange fewer"
-    if recipe.asked_per_round < len(recipe.participant_names):
-        yield "rounds.streaming: everybody takes part in each round; leave out participants_per_round and fraction"
-    if isinstance(streaming, Eager) and not isinstance(recipe.outer, OuterSgd | OuterNesterov):
-        yield "rounds.streaming: eager goes with outer.kind sgd and nesterov"
-    if recipe.local.proximal:
-        yield "local.proximal and rounds.streaming: the pull is to the start of a round, of which streaming has none"
-    if not recipe.local.keep_optimizer:
-        yield "local.keep_optimizer and rounds.streaming: local steps go on over rounds, and so must their state"

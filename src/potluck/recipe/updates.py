@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 from pydantic import Field, model_validator
 
 from potluck.recipe.table import Table, setting
+
+if TYPE_CHECKING:
+    from potluck.recipe.schema import Recipe
 
 # --- links ---------------------------------------------------------------------------------------
 
@@ -204,3 +207,25 @@ def chain_faults(links: Sequence[LinkTable]) -> Iterator[str]:
                 yield "updates.links: clip must precede error-feedback"
             if any(isinstance(other, RandomK) and other.unbiased for other in after):
                 yield "updates.links: random-k below error-feedback needs unbiased = false"
+
+
+def streaming_faults(recipe: Recipe) -> Iterator[str]:
+    """Sentences that say why streaming and the rest of a recipe do not go together."""
+    streaming = recipe.rounds.streaming
+    if streaming is None:
+        return
+    if isinstance(streaming, Streaming) and streaming.overlap >= recipe.local_steps:
+        yield (
+            f"rounds.streaming.overlap {streaming.overlap}: must be less than the {recipe.local_steps} local steps "
+            "between two exchanges"
+        )
+    if recipe.fragments > recipe.rounds.count:
+        yield f"rounds.streaming.fragments {recipe.fragments}: {recipe.rounds.count} rounds exchange fewer"
+    if recipe.asked_per_round < len(recipe.participant_names):
+        yield "rounds.streaming: everybody takes part in each round; leave out participants_per_round and fraction"
+    if isinstance(streaming, Eager) and recipe.outer.kind not in ("sgd", "nesterov"):
+        yield "rounds.streaming: eager goes with outer.kind sgd and nesterov"
+    if recipe.local.proximal:
+        yield "local.proximal and rounds.streaming: the pull is to the start of a round, of which streaming has none"
+    if not recipe.local.keep_optimizer:
+        yield "local.keep_optimizer and rounds.streaming: local steps go on over rounds, and so must their state"

@@ -44,6 +44,7 @@ def measure_shared(engine: Engine, shared: SharedState, deadline: float | None =
         header = answer.header if answer is not None else {}
         if answer is None:
             missing[reply.participant] = reply.reason
+            engine.cancel(reply.task)
             shared.downloads.forget(reply.participant)
         elif (answer.kind, answer.revision) != ("evaluate", shared.revision) or not header.keys() >= _SUMS:
             missing[reply.participant] = "not an evaluation of this state"
@@ -67,7 +68,7 @@ def _task(engine: Engine, shared: SharedState, name: str, deadline: float | None
     return Task(
         kind="evaluate",
         revision=shared.revision,
-        tensors=shared.downloads.tensors(name, shared.theta, shared.revision),
+        tensors=shared.downloads.tensors(name, shared.given, shared.revision),
         state=shared.digest if engine.remote else "",
         seconds=deadline,
     )

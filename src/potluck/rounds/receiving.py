@@ -33,7 +33,6 @@ class Asked:
         steps: Local steps that an update may hold.
         revision: Of the shared state it starts from.
         max_norm: A larger update is rejected.
-        base: That state, where it may have moved on before the answer comes.
     """
 
     kind: str
@@ -43,7 +42,6 @@ class Asked:
     steps: int
     revision: int
     max_norm: float | None = None
-    base: Tensor | None = None
 
     @property
     def of(self) -> Mean:
@@ -130,14 +128,15 @@ def examine(reply: Reply, shared: SharedState, asked: Asked) -> Verdict:
         vector = _vector(contribution, asked)
     except TrainingError as error:
         return _rejected(str(error))
-    start = asked.fragment.take(shared.theta) if asked.base is None else asked.base
+    now = asked.fragment.take(shared.theta)
+    start = asked.fragment.take(shared.snapshots[asked.revision]) if asked.revision < shared.revision else now
     norm = torch.dist(vector, start) if asked.link is None else torch.linalg.norm(vector)
     if not math.isfinite(float(norm)):
         return _rejected("parameters are not finite")
     if asked.max_norm is not None and float(norm) > asked.max_norm:
         return _rejected(f"an update of norm {float(norm):.4g}, rounds.max_update_norm is {asked.max_norm:g}")
-    if asked.link is None and asked.base is not None:
-        vector = vector + (asked.fragment.take(shared.theta) - start)  # the same step, from where the state is now
+    if asked.link is None and start is not now:
+        vector = vector + (now - start)  # the same step, from where the state is now
     return Verdict(status="ok", vector=vector, header=contribution.header, update_norm=float(norm))
 
 

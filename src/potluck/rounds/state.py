@@ -4,18 +4,22 @@ from __future__ import annotations
 
 import hashlib
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
 
 from torch import Tensor
 
 from potluck.aggregation.outer import OuterState, init_outer
-from potluck.contribution import Reply, TaskId
+from potluck.contribution import ParticipantId, Reply, Task, TaskId
 from potluck.recipe import Recipe
 from potluck.updates.download import Downloads
 from potluck.updates.fragments import Fragment
 
-if TYPE_CHECKING:
-    from potluck.rounds.receiving import Asked
+
+@dataclass(frozen=True)
+class Late:
+    """A task that was not answered in its round, and whose answer may count in the next; without its tensors."""
+
+    participant: ParticipantId
+    task: Task
 
 
 @dataclass
@@ -30,8 +34,10 @@ class SharedState:
         revision: Outer steps taken.
         total_tokens: Tokens of all contributions so far.
         lost: Participants whose last update did not count: what error feedback keeps of it is void.
-        late: What was asked of those who did not answer in time, if their answers still count (``rounds.late``).
+        outlived: Whether tasks may be performed when the round is over (``rounds.late``): they get copies of ``theta``.
+        late: What was asked of those who did not answer in time, if their answers still count.
         arrived: Such answers, for the next round.
+        snapshots: ``theta`` by revision, where a task that started from it is under way.
     """
 
     theta: Tensor
@@ -41,10 +47,11 @@ class SharedState:
     revision: int = 0
     total_tokens: int = 0
     lost: set[str] = field(default_factory=set)
-    late: dict[TaskId, Asked] = field(default_factory=dict)
+    outlived: bool = False
+    late: dict[TaskId, Late] = field(default_factory=dict)
     arrived: list[Reply] = field(default_factory=list)
+    snapshots: dict[int, Tensor] = field(default_factory=dict)
     _digest: tuple[int, str] = (-1, "")
-    _snapshot: tuple[int, Tensor] | None = None
 
     @property
     def digest(self) -> str:
@@ -54,16 +61,24 @@ class SharedState:
         return self._digest[1]
 
     @property
-    def snapshot(self) -> Tensor:
-        """``theta`` as it is now, for tasks that may be performed when it has moved on; one copy for all."""
-        if self._snapshot is None or self._snapshot[0] != self.revision:
-            self._snapshot = (self.revision, self.theta.clone())
-        return self._snapshot[1]
+    def given(self) -> Tensor:
+        """``theta`` as tasks get it: one copy for all tasks of a revision, if they may outlive the round."""
+        if not self.outlived:
+            return self.theta
+        if self.revision not in self.snapshots:
+            self.snapshots[self.revision] = self.theta.clone()
+        return self.snapshots[self.revision]
+
+    def tidy(self) -> None:
+        """Let go of the copies that no task under way started from."""
+        wanted = {self.revision, *(late.task.revision for late in self.late.values())}
+        self.snapshots = {revision: theta for revision, theta in self.snapshots.items() if revision in wanted}
 
     def put(self, theta: Tensor) -> None:
         """Make another state the shared one, without an outer step: everybody has to be told all of it."""
         self.theta.copy_(theta)
-        self._digest, self._snapshot = (-1, ""), None
+        self._digest = (-1, "")
+        self.snapshots.pop(self.revision, None)
         for name in list(self.downloads.held):
             self.downloads.forget(name)
 
@@ -71,4 +86,5 @@ class SharedState:
 def begin(recipe: Recipe, theta: Tensor, fragments: tuple[Fragment, ...]) -> SharedState:
     """The shared state before the first round."""
     outer = tuple(init_outer(recipe.outer, fragment.take(theta)) for fragment in fragments)
-    return SharedState(theta, fragments, outer, Downloads(recipe.updates.download, fragments))
+    downloads = Downloads(recipe.updates.download, fragments)
+    return SharedState(theta, fragments, outer, downloads, outlived=recipe.keeps_late)

@@ -15,7 +15,7 @@ With fragments theta is the one whose turn it is, and each has an outer optimize
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from itertools import chain, islice
 
@@ -34,7 +34,7 @@ from potluck.records.events import EventLog
 from potluck.rounds.evaluation import evaluate_shared
 from potluck.rounds.receiving import FIGURES, Asked, Verdict, Window, examine, in_order
 from potluck.rounds.sampling import asked_by_round
-from potluck.rounds.state import SharedState
+from potluck.rounds.state import Late, SharedState
 from potluck.updates.links import link_of
 
 
@@ -85,12 +85,14 @@ def one_round(
 ) -> None:
     """Ask ``names`` for local steps, average their updates of the fragment whose turn it is, take its outer step."""
     began, number = engine.now(), shared.revision + 1
-    asked, window = what_is_asked(recipe, shared), _window(recipe, engine)
-    sent = {engine.send(name, _task(recipe, engine, shared, name)): name for name in names}
+    asked, window = what_is_asked(recipe, shared, shared.revision), _window(recipe, engine)
+    tasks = {name: _task(recipe, engine, shared, name) for name in names}
+    sent = {engine.send(name, task): name for name, task in tasks.items()}
     aggregator.init(asked.fragment.size)
     contributors = tokens = 0
     for reply, wanted in chain(
-        ((reply, asked) for reply in in_order(engine, sent, window, shared.arrived)), _from_earlier(engine, shared)
+        ((reply, asked) for reply in in_order(engine, sent, window, shared.arrived)),
+        _from_earlier(recipe, engine, shared),
     ):
         verdict = examine(reply, shared, wanted)
         facts: dict[str, object] = {"reason": verdict.reason}
@@ -102,7 +104,7 @@ def one_round(
             contributors, tokens = contributors + 1, tokens + int(verdict.header["tokens"])
             figures = {key: verdict.header[key] for key in FIGURES}
             facts |= {"weight": weight, "update_norm": verdict.update_norm, **figures}
-        _note(recipe, engine, shared, reply, verdict, wanted)
+        _note(engine, shared, reply, verdict, tasks)
         log.write(
             "contribution",
             round=number,
@@ -122,6 +124,7 @@ def one_round(
             "the events of this round say why each participant failed; mend that and resume",
         )
     delta_norm = _outer_step(recipe, shared, asked, aggregator.finish())
+    shared.tidy()
     shared.total_tokens += tokens
     log.write(
         "round",
@@ -135,17 +138,17 @@ def one_round(
     )
 
 
-def what_is_asked(recipe: Recipe, shared: SharedState) -> Asked:
-    """Of the next round: fragments take turns; without links an update is parameters, unless it is eager."""
+def what_is_asked(recipe: Recipe, shared: SharedState, revision: int) -> Asked:
+    """Of the round after ``revision``: fragments take turns; without links an update is parameters, unless eager."""
     links = recipe.updates.links
     plain = not links and not isinstance(recipe.rounds.streaming, Eager)
     return Asked(
         kind=_task_kind(recipe),
-        fragment=shared.fragments[shared.revision % len(shared.fragments)],
+        fragment=shared.fragments[revision % len(shared.fragments)],
         link=None if plain else link_of(links),
-        draw=seed_of(recipe.seed, "links", shared.revision),
+        draw=seed_of(recipe.seed, "links", revision),
         steps=recipe.local_steps,
-        revision=shared.revision,
+        revision=revision,
         max_norm=recipe.rounds.max_update_norm,
     )
 
@@ -155,15 +158,16 @@ def _window(recipe: Recipe, engine: Engine) -> Window:
     return Window(ends, recipe.min_contributors, recipe.rounds.grace)
 
 
-def _from_earlier(engine: Engine, shared: SharedState) -> Iterator[tuple[Reply, Asked]]:
+def _from_earlier(recipe: Recipe, engine: Engine, shared: SharedState) -> Iterator[tuple[Reply, Asked]]:
     """What came late of the last round and is kept; whoever has not even answered by now is given up."""
     replies = {reply.task: reply for reply in shared.arrived if reply.task in shared.late}
-    for task, wanted in list(shared.late.items()):
+    for task, late in list(shared.late.items()):
         if task in replies:
-            yield replies[task], wanted
-        elif wanted.revision < shared.revision:
+            yield replies[task], what_is_asked(recipe, shared, late.task.revision)
+        elif late.task.revision < shared.revision:
             engine.cancel(task)
             del shared.late[task]
+            _missed(shared, late.participant)
     shared.arrived.clear()
 
 
@@ -176,15 +180,14 @@ def _task(recipe: Recipe, engine: Engine, shared: SharedState, name: str) -> Tas
         parameters["overlap"] = tail
     if name in shared.lost:
         parameters["lost"] = True
-    outlives = recipe.deadline is not None and not engine.remote  # performed here, and perhaps after this round
-    theta = shared.snapshot if outlives else shared.theta
+        shared.lost.discard(name)  # told; should this update not count either, the next task tells it again
     return Task(
         kind=_task_kind(recipe),
         revision=shared.revision,
         parameters=parameters,
-        tensors=shared.downloads.tensors(name, theta, shared.revision),
+        tensors=shared.downloads.tensors(name, shared.given, shared.revision),
         state=shared.digest if engine.remote else "",
-        seconds=recipe.deadline,
+        seconds=recipe.patience,
     )
 
 
@@ -199,18 +202,23 @@ def _task_kind(recipe: Recipe) -> str:
             return "train"
 
 
-def _note(recipe: Recipe, engine: Engine, shared: SharedState, reply: Reply, verdict: Verdict, wanted: Asked) -> None:
+def _note(engine: Engine, shared: SharedState, reply: Reply, verdict: Verdict, tasks: Mapping[str, Task]) -> None:
     """Of one whose update does not count, nothing is taken for granted; one that is late may count yet."""
-    shared.late.pop(reply.task, None)
-    if verdict.status == "late" and recipe.rounds.late == "keep":
-        base = wanted.fragment.take(shared.theta).clone() if wanted.link is None else None
-        shared.late[reply.task] = replace(wanted, base=base)
-    elif verdict.vector is None:
-        engine.cancel(reply.task)
-        shared.downloads.forget(reply.participant)
-        shared.lost.add(reply.participant)
-    else:
-        shared.lost.discard(reply.participant)
+    known = shared.late.pop(reply.task, None)
+    if verdict.vector is not None:
+        return
+    if verdict.status == "late" and shared.outlived and known is None:
+        shared.late[reply.task] = Late(reply.participant, replace(tasks[reply.participant], tensors={}))
+        shared.downloads.forget(reply.participant)  # what it is sent meanwhile must not build on this task
+        return
+    engine.cancel(reply.task)
+    _missed(shared, reply.participant)
+
+
+def _missed(shared: SharedState, name: str) -> None:
+    """An update did not count: what error feedback keeps of it is void, and it may not hold what it was sent."""
+    shared.downloads.forget(name)
+    shared.lost.add(name)
 
 
 def _outer_step(recipe: Recipe, shared: SharedState, asked: Asked, mean: Tensor) -> float:

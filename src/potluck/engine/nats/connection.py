@@ -155,10 +155,13 @@ class Connection:
             self._loop.close()
 
     def store(self, subject: str, data: bytes, patience: float = 60.0, after: int | None = None) -> int:
-        """Put a message into a stream, and wait until the server has it; its sequence number there.
+        """Put a message into a stream, and wait until the server has it.
 
         Args:
             after: Only if the subject's last message has this sequence number; 0 if it has none.
+
+        Returns:
+            Its number in the stream.
 
         Raises:
             Outrun: It has another.

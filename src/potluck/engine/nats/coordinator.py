@@ -11,16 +11,31 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from potluck.contribution import Contribution, Packed, ParticipantId, ParticipantInfo, Reply, Task, TaskId
+from potluck.contribution import (
+    Contribution,
+    Fields,
+    Packed,
+    ParticipantId,
+    ParticipantInfo,
+    Reply,
+    Shelf,
+    Task,
+    TaskId,
+)
 from potluck.engine.nats.blobs import Blobs
 from potluck.engine.nats.connection import Connection, Delivery
 from potluck.engine.nats.frames import Codec, Frame, read_frame, signed, task_name
 from potluck.engine.nats.members import Members
+from potluck.engine.nats.states import States
 from potluck.engine.nats.subjects import COORDINATOR, Names, participant_of
+from potluck.engine.protocol import Tasks
 from potluck.errors import EngineError, PotluckError
 from potluck.recipe.engine import Nats
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 END = "end"
 LEAVE_SECONDS = 2.0  # what was sent before a goodbye has come by then
@@ -84,14 +99,13 @@ class NatsEngine:
         self._answered: set[Key] = set()
         self._contested: set[ParticipantId] = set()  # told of already
         self._open: set[TaskId] = set()  # sent, and their reply neither received nor cancelled
-        self._states: dict[str, set[TaskId]] = {}  # what needs each state
-        self._stored: set[str] = set()  # states that are there, or on their way
-        self._leftover = post.blobs.held(None)
+        self._places: dict[TaskId, int] = {}  # of tasks in their stream
+        self._helpers = ThreadPoolExecutor(min(64, len(members.of) + 2), "potluck-helper")
+        self._states = States(post.blobs, self._helpers, self._over.is_set, self._inbox.put)
         self._forget_tasks(post.names.task("*"))  # of an earlier session; they are asked again
         for name in members.of:
             post.blobs.drop(name, "0" * 64)  # what a doctor measured with
         self._packed: tuple[tuple[str, ...], Packed] | None = None
-        self._helpers = ThreadPoolExecutor(min(64, len(members.of) + 2), "potluck-helper")
         for work in (self._listen, self._watch):
             threading.Thread(target=work, name=f"potluck{work.__name__}", daemon=True).start()
 
@@ -114,15 +128,18 @@ class NatsEngine:
             EngineError: The server does not come back.
         """
         self._count += 1
-        self._open.add(self._count)
+        return self._send(self._count, to, task)
+
+    def _send(self, number: TaskId, to: ParticipantId, task: Task) -> TaskId:
+        self._open.add(number)
         reason = self.members.away(to, reading=task.kind == "words")
         if reason:  # by the last look; it may have become ready since, and have answered
             with suppress(EngineError):
                 self.members.look()
             reason = self.members.away(to, reading=task.kind == "words")
         if reason:
-            self._inbox.put(Reply(task=self._count, participant=to, status="failed", reason=reason))
-            return self._count
+            self._inbox.put(Reply(task=number, participant=to, status="failed", reason=reason))
+            return number
         name, packed = task_name(task), self._pack(task)
         inline = packed.size <= self._settings.inline_bytes
         blob = None if inline else packed.fields["payload"]["sha256"]
@@ -137,7 +154,7 @@ class NatsEngine:
         frame = signed(self._post.seed, facts, b"".join(packed.parts) if inline else b"")
         ends = float("inf") if task.seconds is None else self.now() + task.seconds
         size = len(frame) + (0 if inline else packed.size)
-        sent = _Sent(self._count, to, name, self.now(), size, ends, blob)
+        sent = _Sent(number, to, name, self.now(), size, ends, blob)
         with self._lock:
             self._under_way[to, name] = sent
             self._answered.discard((to, name))
@@ -145,10 +162,10 @@ class NatsEngine:
         if early is not None and early[0] == name:
             self._take_in(early[1], sent)
             return sent.id
-        new = blob is not None and self._need_state(blob, sent)
-        self._post.connection.store(self._post.names.task(to), frame)
+        new = blob is not None and self._states.need(blob, sent.id)
+        self._places[number] = self._post.connection.store(self._post.names.task(to), frame)
         if new and blob is not None:
-            self._helpers.submit(self._store_state, blob, packed)  # participants fetch it as it comes
+            self._states.store(blob, packed)  # participants fetch it as it comes
         return sent.id
 
     def receive(self, timeout: float | None = None) -> Reply | None:
@@ -182,14 +199,31 @@ class NatsEngine:
                 return
             del self._under_way[sent.to, sent.name]
             self._answered.add((sent.to, sent.name))
-            self._release(sent)
-        self._forget_tasks(self._post.names.task(sent.to))
+            self._states.release(sent.blob, sent.id)
+        if (place := self._places.pop(task, None)) is None:
+            return
+        try:  # this one alone: others of the same participant may be waited for
+            which = {"seq": place, "no_erase": True}
+            self._post.connection.api(f"STREAM.MSG.DELETE.{self._post.names.tasks}", which, patience=5.0)
+        except EngineError as error:
+            if "no message found" not in str(error):  # it was acknowledged in the meantime
+                self._inbox.put(("the server", f"an old task could not be taken back: {error}"))
 
     def _forget_tasks(self, subject: str) -> None:
         try:
             self._post.connection.api(f"STREAM.PURGE.{self._post.names.tasks}", {"filter": subject}, patience=5.0)
         except EngineError as error:
             self._inbox.put(("the server", f"an old task could not be taken back: {error}"))
+
+    def saved(self, shelf: Shelf) -> Fields:
+        """How many tasks were sent; all else is with the participants and at the server."""
+        return {"sent": self._count}
+
+    def restore(self, facts: Fields, shelf: Mapping[str, Tensor], tasks: Tasks) -> None:
+        """Ask again, by the same names, for answers that participants have kept or are working on."""
+        self._count = int(facts["sent"])
+        for number, (to, task) in tasks.items():
+            self._send(number, to, task)
 
     def end(self, reason: str, patience: float) -> None:
         """Tell everybody that the run is over, wait until those who are there have heard it, and leave no state."""
@@ -315,7 +349,8 @@ class NatsEngine:
     def _finish(self, sent: _Sent, reply: Reply) -> None:
         with self._lock:
             awaited = self._under_way.pop((sent.to, sent.name), None)
-            self._release(sent)
+            self._places.pop(sent.id, None)
+            self._states.release(sent.blob, sent.id)
         if awaited is not None:
             self._inbox.put(reply)
 
@@ -338,40 +373,6 @@ class NatsEngine:
             self._post.blobs.drop(owner, digest)
         except PotluckError as error:
             self._inbox.put((owner or COORDINATOR, f"a blob could not be dropped: {error}"))
-
-    def _need_state(self, digest: str, sent: _Sent) -> bool:
-        """Note that a task needs a state, and forget those that none does; whether it must be stored now."""
-        with self._lock:
-            new = digest not in self._stored
-            self._stored.add(digest)
-            self._states.setdefault(digest, set()).add(sent.id)
-            idle = [other for other, tasks in self._states.items() if not tasks]
-        if not new:
-            return False
-        for other in idle:
-            self._helpers.submit(self._drop, None, other)
-            self._states.pop(other, None)
-            self._stored.discard(other)
-        if len(self._states) > 1:  # what an earlier session left may be needed until its tasks are asked again
-            for other in self._leftover - self._states.keys():
-                self._helpers.submit(self._drop, None, other)
-            self._leftover = set()
-        return True
-
-    def _store_state(self, digest: str, packed: Packed) -> None:
-        """Store a state as long as a task needs it; what stands in the way ends the exchange."""
-        try:
-            self._post.blobs.put(
-                None, digest, packed.parts, lambda: self._over.is_set() or not self._states.get(digest)
-            )
-        except PotluckError as error:
-            self._stored.discard(digest)
-            if self._states.get(digest):
-                self._inbox.put(error)
-
-    def _release(self, sent: _Sent) -> None:
-        if sent.blob is not None and sent.blob in self._states:
-            self._states[sent.blob].discard(sent.id)
 
     def _watch(self) -> None:
         """Look for signs of life; whoever says that it leaves takes its open tasks with it."""

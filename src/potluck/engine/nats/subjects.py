@@ -134,6 +134,7 @@ def coordinator_permissions(names: Names) -> Permissions:
             f"potluck.{names.run}.>",
             names.member(COORDINATOR),
             *(f"$JS.API.STREAM.{verb}.{stream}" for verb in verbs for stream in streams),
+            f"$JS.API.STREAM.MSG.DELETE.{names.tasks}",
             *(f"$JS.API.CONSUMER.{verb}.{stream}.>" for verb in ("CREATE", "INFO") for stream in streams[:2]),
             names.next(names.replies, COORDINATOR),
             f"$JS.ACK.{names.replies}.>",
