@@ -173,6 +173,7 @@ def say_about(post: Post, recipe: Recipe, vocabulary: Vocabulary | None, network
         facts |= {
             "end_of_text": vocabulary.end_of_text,
             "stops": sorted(vocabulary.stops),
+            "beginning": list(vocabulary.beginning),
             "model": layout_hash(network),
             "parameters": network.flat.vector.numel(),
             "message": {"payload": named},

@@ -120,7 +120,9 @@ def understand(post: Post, stop: Callable[[], bool]) -> tuple[Asks, Recipe, Voca
     vocabulary = None
     if payload is not None:
         stops = [int(token) for token in facts.get("stops", ())]
-        vocabulary = vocabulary_of(payload.decode(), int(facts["end_of_text"]), stops)
+        beginning = facts.get("beginning")
+        begun = None if beginning is None else [int(token) for token in beginning]
+        vocabulary = vocabulary_of(payload.decode(), int(facts["end_of_text"]), stops, begun)
     return asks, recipe, vocabulary
 
 

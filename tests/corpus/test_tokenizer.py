@@ -167,6 +167,8 @@ def test_a_prompt_begins_as_the_tokenizer_begins_it(tmp_path: Path) -> None:
         expected = AutoTokenizer.from_pretrained(folder)("hello").input_ids
         assert folder_vocabulary(folder).prompt("hello") == expected
     assert folder_vocabulary(folder_of(tmp_path / "t", added, ends)).prompt("") == [257]
+    bare = folder_vocabulary(folder_of(tmp_path / "bare", added, {"eos_token": "</s>"}))
+    assert bare.beginning == (257,) == vocabulary_of(bare.tokenizer.to_str(), 257, (), bare.beginning).beginning
 
 
 def test_what_a_tokenizer_puts_around_a_text_does_not_make_it_another(trained: Recipe, tmp_path: Path) -> None:

@@ -129,13 +129,16 @@ def load_vocabulary(folder: Path) -> Vocabulary:
     return vocabulary
 
 
-def vocabulary_of(tokenizer_json: str, end_of_text: int, stops: Iterable[int] = ()) -> Vocabulary:
+def vocabulary_of(
+    tokenizer_json: str, end_of_text: int, stops: Iterable[int] = (), beginning: Iterable[int] | None = None
+) -> Vocabulary:
     """A vocabulary that came as text.
 
     Args:
         tokenizer_json: The tokenizer.
         end_of_text: As in `Vocabulary`.
         stops: Tokens that end what is generated, beside ``end_of_text``.
+        beginning: What a text begins with; what the tokenizer puts before it if left out.
 
     Raises:
         ModelError: It is not a tokenizer.
@@ -144,7 +147,7 @@ def vocabulary_of(tokenizer_json: str, end_of_text: int, stops: Iterable[int] = 
         tokenizer = Tokenizer.from_str(tokenizer_json)
     except Exception as error:  # the library raises plain Exception
         raise ModelError(f"not a tokenizer: {str(error).partition(chr(10))[0]}") from None
-    return _vocabulary(tokenizer, end_of_text, stops)
+    return _vocabulary(tokenizer, end_of_text, stops, beginning)
 
 
 def pieces(text: str) -> Iterator[str]:
@@ -153,7 +156,9 @@ def pieces(text: str) -> Iterator[str]:
         yield text[start : start + PIECE_CHARACTERS]
 
 
-def _vocabulary(tokenizer: Tokenizer, end_of_text: int, stops: Iterable[int] = ()) -> Vocabulary:
+def _vocabulary(
+    tokenizer: Tokenizer, end_of_text: int, stops: Iterable[int] = (), beginning: Iterable[int] | None = None
+) -> Vocabulary:
     tokenizer.no_truncation()
     tokenizer.no_padding()
     around = tokenizer.post_processor
@@ -162,9 +167,8 @@ def _vocabulary(tokenizer: Tokenizer, end_of_text: int, stops: Iterable[int] = (
     tokenizer.post_processor = around
     tokenizer.encode_special_tokens = True  # special strings in a text are text; not part of the JSON
     size = max(tokenizer.get_vocab().values()) + 1
-    return Vocabulary(
-        tokenizer, size, end_of_text, content_hash, _beginning(tokenizer), frozenset({*stops, end_of_text})
-    )
+    begun = _beginning(tokenizer) if beginning is None else tuple(beginning)
+    return Vocabulary(tokenizer, size, end_of_text, content_hash, begun, frozenset({*stops, end_of_text}))
 
 
 def _own_vocabulary(tokenizer: Tokenizer, end_of_text: int) -> Vocabulary:
@@ -246,6 +250,7 @@ def folder_vocabulary(folder: Path) -> Vocabulary:
     Documents are separated by the tokenizer's ``eos_token``, or, where that is a chat turn's end, by the token that
     ended documents when the base was trained (``<|endoftext|>`` and its like). Generation stops at either, and at
     each token that the folder's generation config or model config names: tokens of ordinary text are not among them.
+    A text begins with what the tokenizer puts before it; with end-of-text, if its files name no beginning of any kind.
 
     Raises:
         ModelError: It is missing or broken, or has no end-of-text token.
@@ -269,7 +274,19 @@ def folder_vocabulary(folder: Path) -> Vocabulary:
     separator = last
     if eos not in _DOCUMENT_ENDS and (eos in _TURN_ENDS or eos in template):
         separator = next((special[end] for end in _DOCUMENT_ENDS if end in special), last)
-    return _vocabulary(tokenizer, separator, {last, *(number for number in named if number in added)})
+    stops = {last, *(number for number in named if number in added)}
+    beginning = _beginning(tokenizer) or (() if _knows_beginnings(folder) else (separator,))
+    return _vocabulary(tokenizer, separator, stops, beginning)
+
+
+def _knows_beginnings(folder: Path) -> bool:
+    """Whether a tokenizer that puts nothing before a text could have: its files name a beginning, or it is for chats.
+
+    Where none is named, as in files that were made by hand, texts begin as documents do in a stream.
+    """
+    configs = [_json_table(folder / name) for name in ("tokenizer_config.json", "special_tokens_map.json")]
+    names = ("bos_token", "add_bos_token", "chat_template")
+    return any(name in config for config in configs for name in names) or any(folder.glob("*chat_template*"))
 
 
 def _named_ends(folder: Path) -> list[int]:

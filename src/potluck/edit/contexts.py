@@ -27,7 +27,8 @@ Site = Literal["subject", "prompt"]  # whose last token is edited
 def contexts(base: Base, seed: int = 0, count: int = 5, length: int = 10) -> tuple[str, ...]:
     """Beginnings of texts, drawn from the model: the same for the same weights and seed on one kind of machine."""
     draw = torch.Generator().manual_seed(seed)
-    ids = torch.full((count, 1), base.vocabulary.end_of_text, device=base.model.device)
+    start = base.vocabulary.prompt("")
+    ids = torch.tensor([start] * count, device=base.model.device)
     step, cache = ids, None
     with torch.inference_mode():
         for _ in range(length):
@@ -36,7 +37,7 @@ def contexts(base: Base, seed: int = 0, count: int = 5, length: int = 10) -> tup
             logits[:, base.vocabulary.end_of_text] = -torch.inf
             step = torch.multinomial(logits.softmax(-1).cpu(), 1, generator=draw).to(ids.device)
             ids = torch.cat([ids, step], dim=1)
-    return tuple(base.vocabulary.tokenizer.decode(tokens[1:]).strip() for tokens in ids.tolist())
+    return tuple(base.vocabulary.tokenizer.decode(tokens[len(start) :]).strip() for tokens in ids.tolist())
 
 
 def prompt_row(base: Base, edit: Edit, before: str = "", answer: str = "", at: Site = "subject") -> Row:

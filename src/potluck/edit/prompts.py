@@ -86,7 +86,7 @@ def row(
     """
     begun = f"{before} {prompt}" if before else prompt
     encoding = vocabulary.tokenizer.encode(begun, add_special_tokens=False)
-    start = _start(vocabulary) if encoding.ids else _start(vocabulary) or (vocabulary.end_of_text,)
+    start = vocabulary.beginning if encoding.ids else tuple(vocabulary.prompt(""))
     ids, first, last = [*start, *encoding.ids], -1, -1
     if subject:
         at = begin_of(prompt, subject) if place is None else place
@@ -225,10 +225,6 @@ def said(
     return [found[i] for i in range(len(rows))]
 
 
-def _start(vocabulary: Vocabulary) -> tuple[int, ...]:
-    return (vocabulary.end_of_text,)
-
-
 def _likeliest(logits: Tensor, places: Sequence[int]) -> Tensor:
     return logits.argmax(-1, keepdim=True)
 
@@ -247,7 +243,6 @@ def _alike(rows: Sequence[Row], batch_size: int) -> Iterator[list[int]]:
 def _continued(base: Base, ids: Tensor, max_tokens: int, places: Sequence[int], choose: Choice) -> list[Answer]:
     """Continuations of prompts of one length, with a cache of keys and values."""
     model, vocabulary = base.model, base.vocabulary
-    stops = {vocabulary.end_of_text}
     tokens: list[list[int]] = [[] for _ in ids]
     open_rows, cache, step = set(range(len(ids))), None, ids
     for _ in range(max_tokens):
@@ -256,7 +251,7 @@ def _continued(base: Base, ids: Tensor, max_tokens: int, places: Sequence[int], 
         step = choose(out.logits[:, -1].float(), places).to(ids.device)
         for i in tuple(open_rows):
             token = int(step[i])
-            if token in stops:
+            if token in vocabulary.stops:
                 open_rows.discard(i)
             else:
                 tokens[i].append(token)
