@@ -9,7 +9,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -49,7 +49,7 @@ def asked_in(recipe: Recipe) -> list[list[str]]:
     return list(islice(asked_by_round(names, recipe.asked_per_round, settings.sampling, recipe.seed), settings.count))
 
 
-def _solo(recipe: Recipe, rounds: int, changes: dict[str, object]) -> Recipe:
+def _solo(recipe: Recipe, rounds: int, changes: Mapping[str, object]) -> Recipe:
     """One trainer, no outer step, nothing compressed: after each round the shared state is what it reached.
 
     The learning rate follows the run's own local steps; a run of fewer rounds warms up for the same share of it.

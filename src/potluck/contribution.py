@@ -104,10 +104,17 @@ class Packed:
 
 @dataclass(frozen=True, kw_only=True)
 class ParticipantInfo:
-    """What the roster says of one participant: its name, and whether it has held-out text to evaluate on."""
+    """What the roster says of one participant.
+
+    Attributes:
+        evaluates: It has held-out text to evaluate on.
+        holds: Tokens of training text that it said it holds when it first joined; they weigh its contributions where
+            ``rounds.weights`` is ``data``.
+    """
 
     name: ParticipantId
     evaluates: bool = True
+    holds: int = 0
 
 
 class Shelf:

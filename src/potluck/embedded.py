@@ -86,8 +86,9 @@ class Embedded:
     def engine(self) -> InProcess:
         """All participants, one after the other."""
         profiles = {p.name: p.profile for p in self.recipe.participants if p.profile is not None}
+        everybody = self.participants.items()
         return InProcess(
-            [ParticipantInfo(name=n, evaluates=p.validation is not None) for n, p in self.participants.items()],
+            [ParticipantInfo(name=n, evaluates=p.validation is not None, holds=self._holds(n)) for n, p in everybody],
             lambda name, task: self.participants[name].perform(task),
             wire_bytes,
             profiles if self.variant.kind == "together" else None,
@@ -122,6 +123,12 @@ class Embedded:
         for name, participant in self._trainers():
             facts = checkpoint.facts["participants"][name]
             restore_state(participant.state, checkpoint.parts[f"participant-{name}"], facts)
+
+    def _holds(self, name: str) -> int:
+        """Tokens of training text; the pooled run's trainer has everybody's."""
+        holdings = self.workplace.corpus.holdings
+        held = [holdings[name]] if name in holdings else holdings.values()
+        return sum(len(holding.train.tokens) for holding in held)
 
     def _trainers(self) -> Iterator[tuple[str, Participant]]:
         return ((name, self.participants[name]) for name in self.variant.trainers)

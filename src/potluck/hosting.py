@@ -46,6 +46,7 @@ from potluck.traffic import Messages
 from potluck.updates.fragments import Fragment
 
 LOOK_SECONDS = 0.2
+_MOST_HELD = 1 << 53  # of what a participant says it holds; more is no amount of text
 _HEADROOM = 1 << 16  # bytes of a message beside its tensors
 
 
@@ -135,6 +136,7 @@ def gather(
     say_about(post, recipe, vocabulary, network)
     holdings = folder / "host" / "holdings.json"
     members.unfit = _fitness(holdings, vocabulary, layout_hash(network))
+    members.holds = lambda name: _read_holdings(holdings).get(name, {}).get("train_tokens", 0)
     hosted = Hosted(
         engine,
         recipe,
@@ -263,7 +265,7 @@ def _fitness(path: Path, vocabulary: Vocabulary, layout: str) -> Callable[[Parti
 
 def _clean_holding(name: str, holding: Mapping[str, Any]) -> dict[str, Any]:
     sizes = [f"{side}_{what}" for side in ("train", "validation") for what in ("tokens", "bytes", "documents")]
-    numbers = {key: holding.get(key) if type(holding.get(key)) is int else 0 for key in sizes}
+    numbers = {key: n if type(n := holding.get(key)) is int and 0 <= n < _MOST_HELD else 0 for key in sizes}
     return {"name": name, "content_hash": str(holding.get("content_hash"))[:64], **numbers}
 
 

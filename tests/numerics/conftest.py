@@ -68,11 +68,13 @@ class World:
     shared: SharedState
     log: EventLog
     events: list[Event] = field(default_factory=list)
+    holds: dict[str, int] = field(default_factory=dict)
 
     def run(
         self, perform: Perform | None = None, profiles: dict[str, Profile] | None = None, names: Sequence[str] = ()
     ) -> torch.Tensor:
-        roster = [ParticipantInfo(name=name, evaluates=False) for name in self.recipe.participant_names]
+        everybody = self.recipe.participant_names
+        roster = [ParticipantInfo(name=n, evaluates=False, holds=self.holds.get(n, 0)) for n in everybody]
         do = perform or (lambda name, task: self.participants[name].perform(task))
         engine = InProcess(roster, do, wire_bytes, profiles, self.recipe.seed)
         mean = WeightedMean(self.shared.theta.numel())

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections import Counter
 from dataclasses import replace
 from itertools import islice
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -14,6 +16,7 @@ from hypothesis import strategies as st
 
 from potluck.contribution import Contribution, Reply
 from potluck.errors import TooFewContributors, TrainingError
+from potluck.hosting import _fitness
 from potluck.recipe.sources import Profile
 from potluck.rounds.receiving import in_order
 from potluck.rounds.sampling import asked_by_round
@@ -116,6 +119,26 @@ def test_a_contribution_weighs_what_the_recipe_says(make_recipe, make_world, wei
     torch.testing.assert_close(world.run(update), weighted(expected))
     assert [event["weight"] for event in world.told("contribution")] == list(expected.values())
     assert world.shared.total_tokens == sum(COUNTS.values())
+
+
+def test_data_weighs_by_the_text_that_was_held_at_joining(make_recipe, make_world) -> None:
+    """FedAvg's n_k: not by the tokens of the local steps, which are alike; who holds none is rejected."""
+    world = world_of(make_recipe, make_world, weights="data")
+    world.holds = {"p0": 5, "p1": 0, "p2": 90, "p3": 5}
+    held = {name: count for name, count in world.holds.items() if count}
+    torch.testing.assert_close(world.run(update), weighted(held))
+    told = world.told("contribution")
+    assert [event.get("weight") for event in told] == [5, None, 90, 5]
+    assert (told[1]["status"], "no training text" in told[1]["reason"]) == ("rejected", True)
+
+
+@pytest.mark.parametrize("said", [10**400, 2**53, -1, 1.5, "many", True, None])
+def test_a_host_takes_what_is_no_amount_of_text_for_none(tmp_path, said) -> None:
+    known, vocabulary = tmp_path / "holdings.json", SimpleNamespace(content_hash="v")
+    unfit = _fitness(known, vocabulary, "m")
+    first = {"vocabulary": "v", "model": "m", "holding": {"content_hash": "h", "train_tokens": said}}
+    assert unfit("ada", first) == unfit("ada", {**first, "holding": {"content_hash": "h", "train_tokens": 7}}) == ""
+    assert json.loads(known.read_text())["ada"]["train_tokens"] == 0  # and the first word counts
 
 
 def with_figures(**figures):

@@ -119,7 +119,11 @@ class Rounds(Table):
         "without-replacement",
         "Who is asked: nobody twice until all have served, or drawn afresh each round.",
     )
-    weights: Literal["tokens", "examples", "uniform"] = setting("tokens", "What a contribution weighs in the mean.")
+    weights: Literal["tokens", "examples", "data", "uniform"] = setting(
+        "tokens",
+        "What a contribution weighs in the mean: tokens or sequences of its local steps, alike where all take as many; "
+        "tokens of training text that the participant holds, as it said when it first joined (`data`); or 1.",
+    )
     min_contributors: int | None = setting(
         None, "Fewer contributions fail the round; half of those asked if left out.", unit="participants", ge=1
     )

@@ -223,6 +223,8 @@ def streaming_faults(recipe: Recipe) -> Iterator[str]:
         yield f"rounds.streaming.fragments {recipe.fragments}: {recipe.rounds.count} rounds exchange fewer"
     if recipe.asked_per_round < len(recipe.participant_names):
         yield "rounds.streaming: everybody takes part in each round; leave out participants_per_round and fraction"
+    if isinstance(streaming, Eager) and recipe.rounds.weights == "data":
+        yield "rounds.weights and rounds.streaming: eager takes one's own part at 1 / M, so all must weigh alike"
     if isinstance(streaming, Eager) and recipe.outer.kind not in ("sgd", "nesterov"):
         yield "rounds.streaming: eager goes with outer.kind sgd and nesterov"
     if recipe.local.proximal:

@@ -94,12 +94,12 @@ def one_round(
         ((reply, asked) for reply in in_order(engine, sent, window, shared.arrived)),
         _from_earlier(recipe, engine, shared),
     ):
-        verdict = examine(reply, shared, wanted)
+        verdict = _weighable(recipe, engine, examine(reply, shared, wanted), reply.participant)
         facts: dict[str, object] = {"reason": verdict.reason}
         if wanted.revision < shared.revision:
             facts["staleness"] = shared.revision - wanted.revision
         if verdict.vector is not None:
-            weight = _weight(recipe, verdict.header)
+            weight = _weight(recipe, engine, reply.participant, verdict.header)
             aggregator.accumulate(verdict.vector, weight)
             contributors, tokens = contributors + 1, tokens + int(verdict.header["tokens"])
             figures = {key: verdict.header[key] for key in FIGURES}
@@ -234,9 +234,21 @@ def _outer_step(recipe: Recipe, shared: SharedState, asked: Asked, mean: Tensor)
     return norm
 
 
-def _weight(recipe: Recipe, header: Header) -> float:
+def _weight(recipe: Recipe, engine: Engine, name: str, header: Header) -> float:
+    """What a contribution weighs: tokens or examples of its local steps, the text that its participant holds, or 1."""
     match recipe.rounds.weights:
         case "uniform":
             return 1.0
+        case "data":
+            return float(engine.roster()[name].holds)
         case counted:
             return float(header[counted])
+
+
+def _weighable(recipe: Recipe, engine: Engine, verdict: Verdict, name: str) -> Verdict:
+    """The verdict, but for one whose contribution would weigh nothing: it is rejected."""
+    if verdict.vector is None or _weight(recipe, engine, name, verdict.header) > 0:
+        return verdict
+    return Verdict(
+        status="rejected", reason="it said that it holds no training text, by which contributions are weighed"
+    )

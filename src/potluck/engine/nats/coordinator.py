@@ -112,7 +112,9 @@ class NatsEngine:
     def roster(self) -> Mapping[ParticipantId, ParticipantInfo]:
         """Everybody whom the recipe names, there or not."""
         return {
-            name: ParticipantInfo(name=name, evaluates=bool(member.said.get("evaluates", True)))
+            name: ParticipantInfo(
+                name=name, evaluates=bool(member.said.get("evaluates", True)), holds=self.members.holds(name)
+            )
             for name, member in self.members.of.items()
         }
 

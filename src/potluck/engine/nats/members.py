@@ -47,11 +47,13 @@ class Members:
 
     Attributes:
         unfit: Why one that is there cannot take part, from what it says of itself; empty if it can.
+        holds: Tokens of training text with which one first joined.
     """
 
     def __init__(self, connection: Connection, names: Names, participants: Iterable[ParticipantId], silence: float):
         self._connection, self._names, self._silence = connection, names, silence
         self.unfit: Callable[[ParticipantId, Mapping[str, Any]], str] = lambda name, said: ""
+        self.holds: Callable[[ParticipantId], int] = lambda name: 0
         self.of = {name: Member() for name in participants}
 
     def look(self) -> None:
