@@ -28,6 +28,7 @@ from benchmarks import (
     packing,
     parity,
     real_forget,
+    real_parts,
     wire,
 )
 from benchmarks._compose_parts import Size as Parts
@@ -88,6 +89,17 @@ TINY: dict[ModuleType, Any] = {
     edits: edits.Size(seeds=(0,), edits=2, methods=("GRACE", "MEMIT"), people=5),
     forget: forget.Size(people=4, splits={"forget25": 1}, seeds=(0,), epochs=1, world=500, methods=(forget.MOST,)),
     real_forget: real_forget.Size(gone=2, kept=2, epochs=1, methods=("npo",), checks=("npo",)),
+    real_parts: real_parts.Size(
+        base=replace(BASE, parties=3),
+        rank=2,
+        steps=2,
+        held_out=2,
+        entry=3,
+        query=2,
+        merges=(("svd", 0.5),),
+        models=("linear", "multislerp"),
+        said=3,
+    ),
     parity: replace(parity.SIZES["short"], grid=((2, "iid", ("data-parallel", "DiLoCo int4"), 2),)),
 }
 

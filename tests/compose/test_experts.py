@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import random
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,13 +19,14 @@ from typer.testing import CliRunner
 from potluck.cli.experts import expert as verbs
 from potluck.compose.adapter import load_adapter
 from potluck.compose.base import Base, load_base, texts_of, token_stream
+from potluck.compose.effect import held_out
 from potluck.compose.experts import flex_olmo
 from potluck.compose.experts.assembly import assembled, routing_shares, tune_router
 from potluck.compose.experts.parts import Expert, load_expert, save_expert
 from potluck.compose.experts.requests import Mixed, assemble, remove, train
 from potluck.compose.experts.training import fresh_mixture, mean_inputs, train_expert
 from potluck.compose.routing.evidence import token_profile
-from potluck.compose.training import Lesson, loss_on, only_training, train_part
+from potluck.compose.training import Lesson, default_rate, loss_on, only_training, train_part
 from potluck.corpus.tokenizer import build_vocabulary
 from potluck.errors import CorpusError, ModelError, PotluckError, RecipeError
 from potluck.models.build import load_folder
@@ -314,8 +316,6 @@ def test_options_that_do_nothing_are_refused(place: Path, tmp_path: Path) -> Non
     given = (place / "llama", place / "ada.txt", tmp_path / "out")
     with pytest.raises(RecipeError, match="--rank has no effect"):
         train(*given, "full", LESSON, rank=3, public=place / "public.txt")
-    with pytest.raises(RecipeError, match="--public has no effect"):
-        train(*given, "adapter", LESSON, public=place / "public.txt")
     with pytest.raises(RecipeError, match="needs --public"):
         train(*given, "low-rank", LESSON)
     with pytest.raises(RecipeError, match="--sequence-length 65"):
@@ -326,6 +326,55 @@ def test_options_that_do_nothing_are_refused(place: Path, tmp_path: Path) -> Non
     with pytest.raises(CorpusError, match="shorter"):
         train(given[0], tmp_path / "short.txt", given[2], "adapter", LESSON)
     assert not (tmp_path / "out").exists()
+
+
+@pytest.fixture(scope="module")
+def learned(place: Path) -> Path:
+    """A base that knows everybody's words, so that there is something to harm."""
+    base = load_base(place / "llama")
+    with only_training(base.model, list(base.model.parameters())):
+        train_part(base.model, [tokens(place, base, "public")], replace(LESSON, steps=100))
+    vocabulary = base.vocabulary
+    export_folder(base.model, Bytes(), vocabulary.tokenizer, vocabulary.end_of_text, place / "learned")
+    return place / "learned"
+
+
+@pytest.mark.parametrize("kind", ["adapter", "low-rank", "full"])
+def test_a_part_tells_what_it_does_to_text_it_has_not_seen(
+    place: Path, learned: Path, tmp_path: Path, kind: Any
+) -> None:
+    """In what is printed and in its own record; one that was trained too hard says that it does harm."""
+    public, out = place / "public.txt", tmp_path / "gentle"
+    gentle = train(learned, place / "ada.txt", out, kind, replace(LESSON, steps=30), public=public)
+    effect = gentle["effect"]
+    assert effect["own"]["after"] < effect["own"]["before"] and not effect["own"]["seen"]
+    assert all("general text is worse with it" in warning for warning in gentle["warnings"])
+    kept = load_adapter(out).about if kind == "adapter" else load_expert(out).about
+    assert kept["effect"] == effect and kept["training"]["learning_rate"] == LESSON.learning_rate
+    wild = replace(LESSON, learning_rate=3.0)
+    found = train(learned, place / "ada.txt", tmp_path / "wild", kind, wild, public=public)["warnings"]
+    assert any("does harm" in warning and "a rate of 3:" in warning for warning in found)
+    idle = replace(LESSON, learning_rate=1e-9)
+    (said,) = train(learned, place / "ada.txt", tmp_path / "idle", kind, idle, public=public)["warnings"]
+    assert "has no effect" in said
+
+
+def test_rates_fall_with_the_width_of_the_base(base: Base) -> None:
+    large = LlamaForCausalLM(LlamaConfig(**{**SIZES, "hidden_size": 576, "num_attention_heads": 9, "head_dim": 64}))
+    for kind in ("full", "low-rank"):
+        assert default_rate(large, kind) == pytest.approx(default_rate(base.model, kind) * SIZES["hidden_size"] / 576)
+    assert default_rate(large, "full") < default_rate(large, "low-rank") < 4e-4
+
+
+def test_what_is_kept_back_is_whole_documents_where_there_are_several(base: Base) -> None:
+    texts = [f"document {number} " * 9 for number in range(40)]
+    own, kept = held_out(texts, base.vocabulary, 16)
+    assert kept is not None and len(own) + len(kept) == len(token_stream(texts, base.vocabulary))
+    assert kept[0] == own[0] == base.vocabulary.end_of_text and len(own) / 12 < len(kept) <= len(own) / 9
+    whole, none = held_out(["few words"], base.vocabulary, 16)
+    assert none is None and len(whole) == 10
+    start, end = held_out(["one long text " * 90], base.vocabulary, 16)
+    assert end is not None and len(end) == (len(start) + len(end)) // 10
 
 
 def test_the_verbs(place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

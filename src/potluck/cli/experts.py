@@ -42,13 +42,17 @@ def train(
         Part, typer.Option("--as", help="An expert of the base's size, one of low rank, or a plain adapter.")
     ],
     public: Annotated[
-        Path | None, typer.Option(help="Public text, the same for everybody; experts need it, adapters do not.")
+        Path | None,
+        typer.Option(help="Public text, the same for all; experts need it. What a part does to it is measured."),
     ] = None,
     rank: Annotated[int | None, typer.Option(min=1, help="Of an adapter or a low-rank expert; 8 if left out.")] = None,
     steps: Annotated[int, typer.Option(min=1, help="Optimizer steps.")] = 300,
     batch_size: Annotated[int, typer.Option(min=1, help="Sequences in a step.")] = 8,
     sequence_length: Annotated[int, typer.Option(min=2, help="Tokens in a sequence.")] = 128,
-    learning_rate: Annotated[float, typer.Option(min=1e-9, help="Peak of AdamW.")] = 2e-3,
+    learning_rate: Annotated[
+        float | None,
+        typer.Option(min=1e-9, help="Peak of AdamW; by part and width if left out."),
+    ] = None,
     seed: Annotated[int, typer.Option(min=0, help="Of the order of the text and of the start.")] = 0,
     device: DeviceOption = "auto",
     as_json: JsonOption = False,

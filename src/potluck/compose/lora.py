@@ -194,7 +194,7 @@ def train_adapter(
         raise ModelError(f"{base.place}: has no linear map named {', '.join(targets)}")
     part = [parameter for layer in layers.values() for parameter in layer.parameters()]
     with added(model, layers), only_training(model, part):
-        train_part(model, streams, lesson, on_step)
+        train_part(model, streams, lesson, on_step, "low-rank")
     transposed = any(isinstance(_linear_at(model, path), Conv1D) for path in layers)
     modules = {path: layer.factors() for path, layer in layers.items()}
     return Adapter(modules, base.place, transposed, {"base_hash": base.content_hash})

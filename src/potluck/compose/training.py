@@ -5,8 +5,8 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
-from typing import Literal
+from dataclasses import dataclass, replace
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -23,6 +23,8 @@ from potluck.recipe.local import AdamW, Cosine, Local
 from potluck.recipe.schedules import rate_factor
 from potluck.recipe.schema import Compute
 
+Part = Literal["full", "low-rank", "router"]  # weights of the model's own size, factors beside them, what chooses
+
 
 @dataclass(frozen=True)
 class Lesson:
@@ -32,7 +34,8 @@ class Lesson:
         steps: Optimizer steps.
         batch_size: Sequences of each stream in a step.
         sequence_length: Tokens predicted in a sequence.
-        learning_rate: Peak of AdamW; a tenth of the steps warms up, then half a cosine down to a tenth.
+        learning_rate: Peak of AdamW; a tenth of the steps warms up, then half a cosine down to a tenth. `default_rate`
+            of the part if ``None``.
         seed: Decides the order of the text.
         device: ``auto``, ``cpu``, ``cuda`` or ``cuda:N``.
     """
@@ -40,9 +43,28 @@ class Lesson:
     steps: int = 300
     batch_size: int = 8
     sequence_length: int = 128
-    learning_rate: float = 2e-3
+    learning_rate: float | None = None
     seed: int = 0
     device: str = "auto"
+
+
+def default_rate(model: PreTrainedModel, kind: Part) -> float:
+    """A rate of AdamW that suits a part of a model of width d.
+
+    ``0.05 / d`` for weights themselves, ``0.2 / d`` for factors that are added to them, and not below the published
+    1e-5 and 1e-4; 2e-3 for a router. AdamW moves every weight by the rate, whatever the gradient: what comes out of d
+    of them changes with the rate times d, and what does a small base good ruins a large one.
+    """
+    if kind == "router":
+        return 2e-3
+    embedding: Any = model.get_input_embeddings()
+    width = int(embedding.weight.shape[1])
+    return max(1e-5, 0.05 / width) if kind == "full" else max(1e-4, 0.2 / width)
+
+
+def settled(lesson: Lesson, model: PreTrainedModel, kind: Part) -> Lesson:
+    """The lesson with its rate."""
+    return lesson if lesson.learning_rate is not None else replace(lesson, learning_rate=default_rate(model, kind))
 
 
 def train_part(
@@ -50,10 +72,12 @@ def train_part(
     streams: Sequence[np.ndarray],
     lesson: Lesson,
     on_step: Callable[[int], None] = lambda step: None,
+    kind: Part = "full",
 ) -> StepReport:
     """Train in place what requires a gradient; a step takes a batch of each stream.
 
     Args:
+        kind: What learns, for a lesson that leaves the rate to `default_rate`.
         model: With ``requires_grad`` on the part alone.
         streams: Token ids, ``(T,)`` each.
         on_step: Told the number of each step before it is taken.
@@ -65,7 +89,8 @@ def train_part(
     drawn = [Batches(stream, lesson.sequence_length, lesson.seed) for stream in streams]
     if any(batches.sequences < 1 for batches in drawn):
         raise CorpusError(f"the text is shorter than one sequence of {lesson.sequence_length} tokens")
-    optimizer_table = AdamW(learning_rate=lesson.learning_rate, weight_decay=0.0)
+    rate = default_rate(model, kind) if lesson.learning_rate is None else lesson.learning_rate
+    optimizer_table = AdamW(learning_rate=rate, weight_decay=0.0)
     settings = Local(batch_size=lesson.batch_size, sequence_length=lesson.sequence_length, optimizer=optimizer_table)
     network = placed(model, lesson.device)
     optimizer = InnerOptimizer(optimizer_table, network.flat, network.model)

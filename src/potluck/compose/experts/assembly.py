@@ -78,7 +78,7 @@ def tune_router(model: PreTrainedModel, public: np.ndarray, lesson: Lesson) -> N
         CorpusError: The text is shorter than one sequence.
     """
     with only_training(model, list(router_parameters(model).values())):
-        train_part(model, [public], lesson)
+        train_part(model, [public], lesson, kind="router")
 
 
 def without(model: MixtureForCausalLM, name: str) -> MixtureForCausalLM:

@@ -8,18 +8,21 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
+from torch import Tensor
 from transformers import AutoTokenizer, FlexOlmoForCausalLM, PreTrainedModel
 
 from potluck.compose.adapter import save_adapter
 from potluck.compose.base import Base, load_base, texts_of, token_stream
+from potluck.compose.effect import compared, held_out, losses, warnings_of
 from potluck.compose.experts import flex_olmo
 from potluck.compose.experts.assembly import assembled, router_parameters, tune_router, without
 from potluck.compose.experts.parts import load_expert, save_expert, stream_hash
 from potluck.compose.experts.training import train_expert
-from potluck.compose.lora import train_adapter
-from potluck.compose.training import Lesson
+from potluck.compose.lora import attached, train_adapter
+from potluck.compose.training import Lesson, settled
 from potluck.errors import ModelError, RecipeError
 from potluck.files import appearing, storing, write_text
 from potluck.models.mixture import MixtureForCausalLM
@@ -29,9 +32,36 @@ from potluck.recipe.schema import ModelFolder
 RECORD_FILE = "experts.json"
 UNTUNED_FILE = "untuned_router.safetensors"
 _RANK = 8
+_LENGTH = 128  # tokens of a stretch whose loss is measured
 PartKind = Literal["adapter", "low-rank", "full"]
 Form = Literal["mixture", "flex-olmo"]
 Step = Callable[[int], None]
+
+
+@dataclass(frozen=True)
+class _Look:
+    """Where a part's effect is seen: text of its kind that was kept back, if there is enough, and general text."""
+
+    kept: np.ndarray | None
+    own: np.ndarray
+    general: np.ndarray | None
+    lesson: Lesson
+
+    def at(self, model: PreTrainedModel) -> tuple[Tensor, Tensor | None]:
+        length, device = self.lesson.sequence_length, self.lesson.device
+        mine = losses(model, self.own if self.kept is None else self.kept, length, device)
+        return mine, None if self.general is None else losses(model, self.general, length, device)
+
+    def compared(
+        self, before: tuple[Tensor, Tensor | None], after: tuple[Tensor, Tensor | None], out: Path
+    ) -> dict[str, Any]:
+        """``effect`` and ``warnings`` of a part."""
+        length = self.lesson.sequence_length
+        own = compared(before[0], after[0], length, self.kept is None)
+        general = None if before[1] is None or after[1] is None else compared(before[1], after[1], length)
+        effect = {"own": own.table()} | ({} if general is None else {"general": general.table()})
+        what = f"{out}, trained at a rate of {self.lesson.learning_rate:g}"
+        return {"effect": effect, "warnings": warnings_of(what, own, general)}
 
 
 @dataclass(frozen=True)
@@ -54,7 +84,7 @@ class Mixed:
 
     def lesson(self, device: str, length: int) -> Lesson:
         """How the router is tuned; it is the same whenever it is done again."""
-        return Lesson(self.router_steps, 8, min(128, length), 2e-3, self.seed, device)
+        return Lesson(self.router_steps, 8, min(128, length), None, self.seed, device)
 
 
 def train(
@@ -70,6 +100,12 @@ def train(
 ) -> dict[str, Any]:
     """Train one participant's part, an adapter or an expert, and write its folder; the folder's name is its own.
 
+    A tenth of the text is kept back, and its loss without and with the part is part of the record; the general text's
+    beside it, where there is one.
+
+    Returns:
+        Where it is and what it is, its ``effect``, and ``warnings`` if it has none or does harm.
+
     Raises:
         RecipeError: An option has no effect on this kind of part, or one is missing.
         ModelError: The base cannot be used.
@@ -78,24 +114,32 @@ def train(
     """
     if kind == "full" and rank is not None:
         raise RecipeError("--rank has no effect on --as full", "leave it out, or choose --as low-rank")
-    if kind == "adapter" and public is not None:
-        raise RecipeError("--public has no effect on --as adapter", "leave it out")
     if kind != "adapter" and public is None:
         hint = "name public text, the same for everybody: the router holds this participant's text against it"
         raise RecipeError(f"--as {kind} needs --public", hint)
     base = load_base(base_folder)
     _check_length(base_folder, lesson)
-    own = token_stream(texts_of(data), base.vocabulary)
+    lesson = settled(lesson, base.model, "full" if kind == "full" else "low-rank")
+    own, kept = held_out(texts_of(data), base.vocabulary, lesson.sequence_length)
+    known = None if public is None else token_stream(texts_of(public), base.vocabulary)
+    look = _Look(kept, own, known, lesson)
+    before = look.at(base.model)
     with appearing(out) as folder:
-        if public is None:
+        if kind == "adapter":
             adapter = train_adapter(base, [own], lesson, rank or _RANK, on_step=on_step)
-            save_adapter(adapter, folder)
-            return {"adapter": str(out), "rank": adapter.rank, "parameters": adapter.parameters}
-        known = token_stream(texts_of(public), base.vocabulary)
+            with attached(base.model, adapter):
+                found = look.compared(before, look.at(base.model), out)
+            about = {"training": asdict(lesson), "effect": found["effect"]}
+            save_adapter(replace(adapter, about={**adapter.about, **about}), folder)
+            return {"adapter": str(out), "rank": adapter.rank, "parameters": adapter.parameters, **found}
+        assert known is not None
         ranked = None if kind == "full" else rank or _RANK
         expert = train_expert(base, own, known, lesson, out.name, ranked, on_step)
+        found = look.compared(before, look.at(assembled(base, [expert])), out)
+        expert = replace(expert, about={**expert.about, "effect": found["effect"]})
         save_expert(expert, folder)
-    return {"expert": str(out), "kind": kind, "rank": expert.rank, "parameters": expert.parameters, **expert.about}
+    facts = {"expert": str(out), "kind": kind, "rank": expert.rank, "parameters": expert.parameters}
+    return {**facts, **expert.about, "warnings": found["warnings"]}
 
 
 def assemble(
@@ -135,8 +179,17 @@ def assemble(
             assert known is not None
             _keep_untuned(model, folder)
             tune_router(model, known, lesson)
+        found = {} if known is None else _on_public(base, model, known, out, device)
         _write(model, base_folder, folder, record)
-    return {"model": str(out), "form": how.form, "experts": [expert.name for expert in experts], **_size(model)}
+    names = [expert.name for expert in experts]
+    return {"model": str(out), "form": how.form, "experts": names, **_size(model), **found}
+
+
+def _on_public(base: Base, model: PreTrainedModel, known: np.ndarray, out: Path, device: str) -> dict[str, Any]:
+    """What a mixture does to public text."""
+    length = min(_LENGTH, context_length(ModelFolder(path=base.place)), len(known) - 1)
+    effect = compared(losses(base.model, known, length, device), losses(model, known, length, device), length)
+    return {"effect": {"general": effect.table()}, "warnings": warnings_of(str(out), None, effect)}
 
 
 def remove(

@@ -16,12 +16,14 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from potluck.compose.base import Base
+from potluck.compose.effect import affordable
 from potluck.compose.experts.parts import Expert, checked_name, stream_hash
 from potluck.compose.routing.evidence import token_profile
-from potluck.compose.training import Lesson, only_training, placed, train_part
+from potluck.compose.training import Lesson, only_training, placed, settled, train_part
 from potluck.models.mixture import Kind, MixtureForCausalLM, feed_forwards
 
 _SEQUENCES_AT_ONCE = 32
+_OPERATIONS, _LEAST_STRETCHES = 2.5e12, 64
 
 
 def train_expert(
@@ -47,6 +49,7 @@ def train_expert(
         CorpusError: The text is shorter than one sequence.
     """
     kind: Kind = "full" if rank is None else "low-rank"
+    lesson = settled(lesson, base.model, kind)
     shape = {"name": checked_name(name), "kind": kind, "rank": rank or 0}
     evidence = token_profile(own, public, base.model.config.vocab_size)
     embedding = mean_inputs(base.model, own, lesson)
@@ -106,18 +109,32 @@ def expert_weights(model: MixtureForCausalLM) -> list[dict[str, Tensor]]:
 
 
 def mean_inputs(model: PreTrainedModel, tokens: np.ndarray, lesson: Lesson) -> Tensor:
-    """Mean input of each layer's feed-forward network over a text: its domain embedding, fp32 ``(layers, d)``."""
+    """Mean input of each layer's feed-forward network over a text: its domain embedding, fp32 ``(layers, d)``.
+
+    Of a long text stretches spread evenly over it, so many as the base reads in 2.5e12 operations, 64 at least.
+    """
     sums = torch.zeros(len(feed_forwards(model)), model.config.hidden_size, dtype=torch.float64)
 
     def add(number: int, inputs: Tensor) -> None:
         sums[number] += inputs.double().sum(0).cpu()
 
-    count = each_input(model, tokens, lesson, add)
+    length = min(lesson.sequence_length, len(tokens))
+    most = affordable(model, length, _OPERATIONS, _LEAST_STRETCHES, 1 << 30)
+    count = each_input(model, tokens, lesson, add, most)
     return (sums / count).float()
 
 
-def each_input(model: PreTrainedModel, tokens: np.ndarray, lesson: Lesson, take: Callable[[int, Tensor], None]) -> int:
+def each_input(
+    model: PreTrainedModel,
+    tokens: np.ndarray,
+    lesson: Lesson,
+    take: Callable[[int, Tensor], None],
+    most: int | None = None,
+) -> int:
     """Show every feed-forward network's inputs over a text, ``(n, d)`` with the layer's number, as they come.
+
+    Args:
+        most: Only so many stretches, spread evenly over the text.
 
     Returns:
         How many inputs each layer had: tokens, less what does not fill a sequence.
@@ -125,6 +142,8 @@ def each_input(model: PreTrainedModel, tokens: np.ndarray, lesson: Lesson, take:
     network = placed(model, lesson.device, "fp32")
     length = min(lesson.sequence_length, len(tokens))
     rows = torch.from_numpy(tokens[: len(tokens) // length * length].astype(np.int64)).view(-1, length)
+    if most is not None and len(rows) > most:
+        rows = rows[torch.linspace(0, len(rows) - 1, most).round().long()]
     hooks = [
         layer.register_forward_pre_hook(lambda _, given, number=number: take(number, given[0].flatten(0, -2)))
         for number, layer in enumerate(feed_forwards(model).values())

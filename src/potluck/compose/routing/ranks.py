@@ -162,7 +162,7 @@ def train_ranks(
 
     part = [layer.router for layer in routers.values()]
     with added(base.model, routers), only_training(base.model, part):
-        train_part(base.model, streams, lesson, between_steps)
+        train_part(base.model, streams, lesson, between_steps, "router")
     return routers
 
 
