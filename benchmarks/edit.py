@@ -37,7 +37,7 @@ from potluck.aggregation.statistics import Statistics
 from potluck.compose.base import Base, load_base
 from potluck.compose.merging.rules import Ties, merged
 from potluck.corpus.world import documents_of
-from potluck.edit.closed_form import alphaedit_update, memit_update, null_space, sums
+from potluck.edit.closed_form import alphaedit_update, asked_in, memit_update, null_space, sums
 from potluck.edit.contexts import contexts, hidden_at, keys_at
 from potluck.edit.evaluation import Before, answered, answers_before, score_edits, unchanged
 from potluck.edit.facts import Edit, write_edits
@@ -121,13 +121,15 @@ def _judge_together(
     originals = {layer: layout.weight(layer).clone() for layer in settings.layers}
     before = contexts(base, settings.seed)
     z = [targets(base, layout, settings.layers[-1], share, before, settings.values, settings.at) for share in shares]
-    free = {layer: null_space(moment, settings.kept) for layer, moment in moments.items()}
+    free = {layer: null_space(moment, settings.free) for layer, moment in moments.items()}
+    keys = keys_at(base, layout, settings.layers, everybody, before, settings.at)
+    ridges = {layer: settings.null_weight * asked_in(own.T @ own, free[layer], len(own)) for layer, own in keys.items()}
 
     def memit(m: Tensor, g: Tensor, layer: int) -> Tensor:
         return memit_update(m, g, moments[layer], settings.moment_weight)
 
     def alphaedit(m: Tensor, g: Tensor, layer: int) -> Tensor:
-        return alphaedit_update(m, g, torch.zeros_like(g), free[layer], settings.null_weight)
+        return alphaedit_update(m, g, torch.zeros_like(g), free[layer], ridges[layer])
 
     scene = _Scene(base, layout, settings, list(zip(shares, z, strict=True)), before, originals)
     unedited = answers_before(base, everybody)

@@ -183,7 +183,7 @@ def _row(name: str, figure: str, runs: Sequence[float]) -> Measurement:
 METHODS: Mapping[str, Mapping[str, Method]] = {
     "ROME": {
         f"layer {layer}, ridge {ridge:g}": _in_weights(WeightSettings("rome", (layer,), "prompt", ridge=ridge))
-        for layer, ridge in ((4, 1e-3), (3, 1e-3), (4, 1e-1))
+        for layer, ridge in ((4, 0.03), (3, 0.03), (4, 1.0))
     },
     "MEMIT": {
         f"layers {layers}, lambda {weight:g}": _in_weights(
@@ -192,10 +192,10 @@ METHODS: Mapping[str, Mapping[str, Method]] = {
         for layers, weight in (((4,), 4000.0), ((4,), 8000.0), ((3, 4), 8000.0), ((4,), 12000.0))
     },
     "AlphaEdit": {
-        f"layers {layers}, L2 {weight:g}": _in_weights(
-            WeightSettings("alphaedit", layers, "prompt", null_weight=weight)
+        f"layers {layers}, free {free:g}, L2 {weight:g}": _in_weights(
+            WeightSettings("alphaedit", layers, "prompt", free=free, null_weight=weight)
         )
-        for layers, weight in (((4,), 30.0), ((4,), 60.0), ((4,), 120.0), ((3, 4), 60.0))
+        for layers, free, weight in (((4,), 0.75, 0.5), ((4,), 0.75, 1.0), ((4,), 0.75, 2.0), ((4,), 0.5, 1.0))
     },
     "GRACE": {
         f"layer {layer}, radius {radius:g}": _beside(layer, GraceSettings(radius=radius))
@@ -215,9 +215,9 @@ METHODS: Mapping[str, Mapping[str, Method]] = {
     },
 }  # fmt: skip
 TAKEN = {
-    "ROME": "layer 4, ridge 0.001",
+    "ROME": "layer 4, ridge 0.03",
     "MEMIT": "layers (4,), lambda 8000",
-    "AlphaEdit": "layers (4,), L2 120",
+    "AlphaEdit": "layers (4,), free 0.75, L2 1",
     "GRACE": "layer 4, radius 0.5",
     "WISE": "layer 3, shards of 25",
     "FT": "layer 4, rate 0.002",

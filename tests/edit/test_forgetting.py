@@ -317,7 +317,7 @@ def test_the_model_rewrites_refusals_where_it_can(base: Base, monkeypatch: pytes
 def test_strangers_are_written_where_the_model_keeps_facts(base: Base) -> None:
     before = {name: tensor.clone() for name, tensor in base.model.state_dict().items()}
     moments = key_moments(base, layout_of(base.model), (1,), [" ".join(q.question for q in KEPT)], 32)
-    edited = estranged(base, GONE, KEPT, moments, Strangers(layers=(1,), kept=0.9))
+    edited = estranged(base, GONE, KEPT, moments, Strangers(layers=(1,), free=0.5))
     changed = [name for name, tensor in edited.model.state_dict().items() if not torch.equal(tensor, before[name])]
     assert changed == ["model.layers.1.mlp.down_proj.weight"]
     names = stranger_names([q.subject for q in (*GONE, *KEPT)], 0)

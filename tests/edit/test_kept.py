@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -11,9 +12,12 @@ from transformers import AutoModelForCausalLM
 
 from potluck.compose.base import load_base
 from potluck.corpus.world import documents_of, facts
+from potluck.edit.consequences import consequences, parted, watch
 from potluck.edit.facts import Edit, write_edits
 from potluck.edit.kept import load_edited
+from potluck.edit.of_world import changed_world
 from potluck.edit.requests import Request, apply, revert
+from potluck.edit.tuning import Tuning, fine_tune
 from potluck.errors import EditError, RecipeError, StorageError
 
 WORLD = Path(__file__).parents[1] / "assets" / "world"
@@ -74,11 +78,33 @@ def test_what_was_changed_since_is_not_taken_back(place: Path, tmp_path: Path) -
         load_edited(tmp_path / "one")
 
 
+def test_edits_without_effect_are_warned_of_and_not_written_where_that_is_strict(place: Path, tmp_path: Path) -> None:
+    report = json.loads((place / "edited" / "edit-report.json").read_text())  # this model keeps nothing at subjects
+    assert report["told"] == 0 and report["loss"] > 0 and report["fluency_before"] > 0
+    assert "no effect" in report["warnings"][0]
+    with pytest.raises(EditError, match="no effect"):
+        apply(request(place, tmp_path / "strict", strict=True), place / "moments")
+    assert not (tmp_path / "strict").exists()
+    told = apply(request(place, tmp_path / "told", method="grace", strict=True))
+    assert told["told"] == 1 and "warnings" not in told
+
+
+def test_harm_is_warned_of() -> None:
+    base, edits = load_base(WORLD), changed_world(2, 0)
+    left, held = parted(["One text. " * 50, "Another. " * 50])
+    assert len("".join(held)) == 95 and "".join(left) + "".join(held) == "One text. " * 50 + "Another. " * 50
+    watched = watch(base, edits, list(documents_of(4)))
+    assert "warnings" not in consequences(base, watch(base, [replace(e, target=e.old) for e in edits]))
+    fine_tune(base, edits, Tuning((3, 4), steps=8, learning_rate=2e-2, enough=0.0))
+    said = " ".join(consequences(base, watched)["warnings"])
+    assert "answers about others changed" in said and "loss rose" in said
+
+
 def test_options_without_effect_are_refused(place: Path, tmp_path: Path) -> None:
     with pytest.raises(RecipeError, match="needs --text"):
         apply(request(place, tmp_path / "new", text=None))
-    with pytest.raises(RecipeError, match="no effect on ft"):
-        apply(request(place, tmp_path / "new", method="ft"))
+    with pytest.raises(RecipeError, match="--at has no effect on ft"):
+        apply(request(place, tmp_path / "new", method="ft", at="prompt"))
     with pytest.raises(StorageError, match="something here already"):
         apply(request(place, place / "edited"))
     with pytest.raises(EditError, match="was edited with method memit"):

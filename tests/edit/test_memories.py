@@ -14,7 +14,7 @@ from potluck.edit.evaluation import answered, answers_before, right_answers, sco
 from potluck.edit.facts import Edit, write_edits
 from potluck.edit.grace import GraceMemory, edit_with_grace, grace_memory
 from potluck.edit.grace import without as without_in_codebook
-from potluck.edit.memories import SideMemory, attached, save_with_memory
+from potluck.edit.memories import SideMemory, attached, continued, save_with_memory
 from potluck.edit.of_world import changed_world
 from potluck.edit.prompts import answers, logits_of, row, rows_of
 from potluck.edit.remembered import load_memory
@@ -123,16 +123,24 @@ def test_of_one_name_alone_no_other_can_be_made(edits: list[Edit]) -> None:
     assert _near(edits[:1], 4, 0) == ([], [])
 
 
-def test_the_shard_that_recognises_most_is_asked_from_then_on() -> None:
+def test_the_shard_that_recognises_most_is_asked_for_as_long_as_its_answer() -> None:
     shards = Shards(2, d_in=2, d_out=1)
-    shards.load_state_dict(
-        {"deltas": torch.tensor([[[1.0, 0.0]], [[0.0, 1.0]]]), "thresholds": torch.tensor([1.0, 2.0])}
-    )
-    x = torch.tensor([[[0.5, 0.0], [1.0, 0.0], [0.3, 0.3], [0.0, 6.0], [0.0, 0.5]]])
-    whole = shards(x, torch.zeros(1, 5, 1))
-    assert whole.flatten().tolist() == pytest.approx([0.0, 1.0, 0.3, 6.0, 0.5])
-    shards.reset()
-    assert torch.equal(torch.cat([shards(x[:, i : i + 1], torch.zeros(1, 1, 1)) for i in range(5)], 1), whole)
+    deltas, thresholds = torch.tensor([[[1.0, 0.0]], [[0.0, 1.0]]]), torch.tensor([1.0, 2.0])
+    shards.load_state_dict({"deltas": deltas, "thresholds": thresholds, "spans": torch.tensor([3, 1])})
+    x = torch.tensor([[[0.5, 0.0], [1.0, 0.0], [0.3, 0.3], [0.0, 6.0], [0.2, 0.5], [0.4, 0.0], [9.0, 0.0]]])
+    whole = shards(x, torch.zeros(1, 7, 1))
+    assert whole.flatten().tolist() == pytest.approx([0.0, 1.0, 0.3, 6.0, 0.0, 0.0, 9.0])
+    for cut in (1, 2, 4):
+        shards.reset()
+        parts = [shards(x[:, i : i + cut], torch.zeros(1, min(cut, 7 - i), 1)) for i in range(0, 7, cut)]
+        assert torch.equal(torch.cat(parts, 1), whole)
+
+
+def test_a_side_memory_ends_with_the_answer(base: Base, edits: list[Edit], side: WiseMemory) -> None:
+    rows = [row(base.vocabulary, edit.prompt, edit.target) for edit in edits]
+    ended = continued(base, rows, 12)
+    with attached(base, side):
+        assert continued(base, rows, 12) == ended  # as the model without it goes on
 
 
 def test_plain_transformers_refuses_a_folder_with_a_memory(base: Base, book: GraceMemory, tmp_path: Path) -> None:

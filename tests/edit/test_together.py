@@ -19,7 +19,7 @@ from potluck.aggregation.statistics import SummedStatistics
 from potluck.compose.base import load_base
 from potluck.contribution import Contribution, Header, Task
 from potluck.corpus.world import documents_of, facts
-from potluck.edit.closed_form import alphaedit_update, memit_update, null_space
+from potluck.edit.closed_form import alphaedit_update, asked_in, memit_update, null_space
 from potluck.edit.facts import Edit, write_edits
 from potluck.edit.layout import layout_of
 from potluck.edit.together import site as site_module
@@ -132,7 +132,7 @@ class World:
 
 
 def editing_of(**keys: Any) -> Editing:
-    return Editing.model_validate({"layers": LAYERS, "moment_weight": 3.0, "kept_energy": 0.97, **keys})
+    return Editing.model_validate({"layers": LAYERS, "moment_weight": 3.0, "free_directions": 0.5, **keys})
 
 
 def exchange_of(editing: Editing, parties: Mapping[str, Party] | None = None, **more: Any) -> Exchange:
@@ -154,9 +154,10 @@ def pooled(editing: Editing, parties: Mapping[str, Party], past: Mapping[int, Te
         if editing.method == "memit":
             delta = r @ k.T @ torch.linalg.inv(editing.moment_weight * c + g_past + k @ k.T)
         else:
-            u = null_space(c, editing.kept_energy)
+            u = null_space(c, editing.free_directions)
             p = u @ u.T
-            delta = torch.linalg.solve(p @ (k @ k.T + g_past) + editing.null_weight * eye, p @ k @ r.T).T
+            ridge = editing.null_weight * float((u.T @ k).square().sum()) / k.shape[1]
+            delta = torch.linalg.solve(p @ (k @ k.T + g_past) + ridge * eye, p @ k @ r.T).T
         MAPS[layer].of(theta).add_(delta)
     return theta
 
@@ -232,7 +233,7 @@ def test_revocation_is_a_subtraction() -> None:
     deltas = []
     for found in (total, never):
         sums = read_sum(found.finish(), wire)
-        deltas.append(update_of(editing, sums["1.product"], sums["1.gram"], c, torch.zeros_like(c)))
+        deltas.append(update_of(editing, sums["1.product"], sums["1.gram"], c, torch.zeros_like(c), 1))
     assert float((deltas[0] - deltas[1]).norm() / deltas[1].norm()) <= 1e-9
 
 
@@ -498,9 +499,10 @@ def test_real_keys_of_four_participants_are_pooled(tmp_path: Path, monkeypatch: 
     moments: dict[int, Tensor] = {}
     deltas: dict[int, Tensor] = {}
 
-    def update(editing: Editing, m: Tensor, g: Tensor, moment: Tensor, past: Tensor) -> Tensor:
+    def update(editing: Editing, m: Tensor, g: Tensor, moment: Tensor, past: Tensor, edits: int) -> Tensor:
         layer = 1 if not deltas else 2
-        moments[layer], deltas[layer] = moment, update_of(editing, m, g, moment, past)
+        assert edits == 12
+        moments[layer], deltas[layer] = moment, update_of(editing, m, g, moment, past, edits)
         return deltas[layer]
 
     monkeypatch.setattr("potluck.edit.together.exchange.update_of", update)
@@ -519,13 +521,13 @@ def test_real_keys_of_four_participants_are_pooled(tmp_path: Path, monkeypatch: 
         assert len(k) == 12
         expected = memit_update(r.T @ k, k.T @ k, moments[layer], editing.moment_weight)
         assert float((deltas[layer] - expected).norm() / expected.norm()) <= 1e-9
-        free = null_space(moments[layer], 0.99)
         alpha = Editing.model_validate({"layers": (1,), "method": "alphaedit"})
-        past = torch.zeros_like(moments[layer])
-        one = update_of(alpha, r.T @ k, k.T @ k, moments[layer], past)
+        free = null_space(moments[layer], alpha.free_directions)
+        past, ridge = torch.zeros_like(moments[layer]), alpha.null_weight * asked_in(k.T @ k, free, len(k))
+        one = update_of(alpha, r.T @ k, k.T @ k, moments[layer], past, len(k))
         parted = [edit_sums({layer: a}, {layer: b}) for a, b in parts]
         m = sum((part[f"{layer}.product"] for part in parted), torch.zeros(1))
-        assert float((alphaedit_update(m, k.T @ k, past, free, alpha.null_weight) - one).norm() / one.norm()) <= 1e-9
+        assert float((alphaedit_update(m, k.T @ k, past, free, ridge) - one).norm() / one.norm()) <= 1e-9
         written = maps[layer].of(outcome.theta) - maps[layer].of(start)
         assert float((written - deltas[layer]).norm() / deltas[layer].norm()) <= 1e-5
 

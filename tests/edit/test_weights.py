@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -13,7 +14,15 @@ from potluck.aggregation.statistics import Statistics
 from potluck.compose.base import Base
 from potluck.corpus.tokenizer import Vocabulary, vocabulary_from_words
 from potluck.corpus.world import documents_of
-from potluck.edit.closed_form import alphaedit_update, memit_update, null_space, rome_update, sums
+from potluck.edit.closed_form import (
+    alphaedit_update,
+    asked_in,
+    memit_update,
+    null_space,
+    regular,
+    rome_update,
+    sums,
+)
 from potluck.edit.contexts import keys_at, prompt_row
 from potluck.edit.facts import Edit
 from potluck.edit.layout import from_layer, layout_of
@@ -51,7 +60,7 @@ def test_memit_is_ridge_regression() -> None:
 
 def test_alphaedit_is_the_papers_formula_and_leaves_the_text_alone() -> None:
     keys, residuals, moment = random_sums()
-    free = null_space(moment, 0.99)
+    free = null_space(moment, 0.5)
     p, eye = free @ free.T, torch.eye(len(moment), dtype=torch.float64)
     past = torch.outer(keys[3], keys[3])
     m, g = sums(keys[:3], residuals[:3])
@@ -66,7 +75,30 @@ def test_what_cannot_be_solved_is_refused() -> None:
     with pytest.raises(EditError, match="not positive definite"):
         memit_update(torch.ones(6, 24, dtype=torch.float64), -2 * moment, moment, 1.0)
     with pytest.raises(EditError, match="no direction is free"):
-        null_space(torch.eye(4, dtype=torch.float64), 1.0)
+        null_space(torch.eye(4, dtype=torch.float64), 0.2)
+
+
+def test_an_attention_sink_changes_neither_null_space_nor_ridge() -> None:
+    _, _, moment = random_sums()
+    sink = torch.zeros(len(moment), dtype=torch.float64)
+    sink[5] = 1e3 * moment.trace().sqrt()
+    flooded = moment + torch.outer(sink, sink)  # more than 99.99 % of the energy in one direction
+    free = null_space(flooded, 0.5)
+    assert float(((free.T @ moment @ free).trace()) / moment.trace()) <= 0.05  # 0.99 of the energy left 23 of 24 free
+    assert float((free.T @ sink).norm() / sink.norm()) <= 1e-6  # what the sink gives stays as it is
+    added = (regular(flooded, 0.03) - flooded).diagonal()
+    assert torch.allclose(added, (regular(moment, 0.03) - moment).diagonal(), rtol=0.5)
+
+
+@pytest.mark.parametrize("size", [1e-3, 1.0, 1e3])
+def test_alphaedit_writes_the_same_share_whatever_the_size_of_keys(size: float) -> None:
+    keys, residuals, moment = random_sums()
+    keys, moment = size * keys[:1], size**2 * moment
+    m, g = sums(keys, residuals[:1])
+    free = null_space(moment, 0.5)
+    ridge = 1.0 * asked_in(g, free, 1)
+    delta = alphaedit_update(m, g, torch.zeros_like(g), free, ridge)
+    assert torch.allclose(delta @ keys[0], residuals[0] / 2)
 
 
 # --- on models ---------------------------------------------------------------------------------
@@ -183,6 +215,32 @@ def test_moments_do_not_depend_on_how_text_is_cut(base: Base, tmp_path: Path) ->
     (name,) = taken.tensors
     assert taken.count == kept.count == again.count and len(list(tmp_path.iterdir())) == 1
     assert torch.equal(kept.tensors[name], again.tensors[name]) and torch.equal(kept.tensors[name], taken.tensors[name])
+    assert key_moments(base, layout, (1,), texts, 64, most=1).count == 1024 < taken.count  # whole batches
+
+
+def test_moments_are_kept_layer_by_layer(base: Base, tmp_path: Path) -> None:
+    layout, texts = layout_of(base.model), list(documents_of(20))
+    one = kept_moments(base, layout, (1,), texts, tmp_path, 64)
+    (file,) = tmp_path.iterdir()
+    written = file.stat().st_mtime_ns
+    both = kept_moments(base, layout, (0, 1), texts, tmp_path, 64)
+    assert len(list(tmp_path.iterdir())) == 2 and file.stat().st_mtime_ns == written  # layer 1 was not taken again
+    name = f"{layout.path(1)}.moment"
+    assert torch.equal(one.tensors[name], both.tensors[name])
+    file.write_bytes(b"damaged")
+    assert torch.equal(kept_moments(base, layout, (1,), texts, tmp_path, 64).tensors[name], one.tensors[name])
+    kept_moments(base, layout, (1,), [*texts, "another text"], tmp_path, 64)
+    assert len(list(tmp_path.iterdir())) == 3
+
+
+def test_a_subject_that_is_a_texts_first_token_is_edited_at_the_next(base: Base) -> None:
+    bare = replace(base, vocabulary=replace(base.vocabulary, beginning=()))  # such as SmolLM2's
+    edit = Edit("0", "A lives in", "A", "B")
+    assert [prompt_row(bare, edit, before).subject for before in ("", "So.")] == [1, 5]
+    assert prompt_row(base, edit).subject == 1  # after the beginning
+    assert targets(bare, layout_of(base.model), 1, [edit], (), QUICK).isfinite().all()
+    with pytest.raises(EditError, match="is one token"):
+        prompt_row(bare, Edit("0", "A", "A", "B"))
 
 
 def test_errors_leave_the_model_alone(base: Base) -> None:

@@ -100,7 +100,7 @@ def test_on_machines_of_their_own_as_in_one_process(
     form: str,
 ) -> None:
     """Masked, over a real server: the same bits; and no edit is in what the coordinator writes."""
-    recipe = editing(masks={}, form=form, every=1, at_once=1, method="alphaedit", kept_energy=0.5)
+    recipe = editing(masks={}, form=form, every=1, at_once=1, method="alphaedit", free_directions=0.5)
     whole, apart = tmp_path / "whole", tmp_path / "apart"
     potluck("train", recipe, "--set", f"records.folder={whole}")
     hosted = Hosted(potluck, recipe, apart)

@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from potluck.cli.options import JsonOption, print_facts, progress
+from potluck.cli.options import JsonOption, print_facts, progress, warn
 
 edit = typer.Typer(no_args_is_help=True, help="Change what a model answers, take it back, find where it keeps facts.")
 
@@ -44,7 +44,8 @@ def apply(
     method: Annotated[EditMethod, typer.Option(help="How they are made.")] = EditMethod.memit,
     layers: Annotated[str | None, typer.Option(metavar="L,L", help="Whose maps to edit; `edit locate` says.")] = None,
     text: Annotated[
-        Path | None, typer.Option(help="Text that shall stay as it is: a folder of text files, or one file.")
+        Path | None,
+        typer.Option(help="Text that shall stay as it is, a folder or a file; its end, held out, measures the harm."),
     ] = None,
     at: Annotated[
         Site | None,
@@ -52,14 +53,20 @@ def apply(
     ] = None,
     at_once: Annotated[int, typer.Option(min=0, help="Edits in one batch; 0 for all.")] = 0,
     seed: Annotated[int, typer.Option(min=0, help="Of contexts and of training.")] = 0,
+    strict: Annotated[
+        bool, typer.Option("--strict", help="Write nothing, and leave with 14, if the edits had no effect or did harm.")
+    ] = False,
     as_json: JsonOption = False,
 ) -> None:
-    """Make edits true, and write the edited model."""
+    """Make edits true, write the edited model, and say what that did to it."""
     from potluck.edit.requests import Request
     from potluck.edit.requests import apply as run
 
-    request = Request(model, edits, out, method.value, _layers(layers), text, at.value if at else None, at_once, seed)
-    print_facts(run(request), as_json)
+    site = at.value if at else None
+    request = Request(model, edits, out, method.value, _layers(layers), text, site, at_once, seed, strict)
+    found = run(request)
+    warn(found.get("warnings", ()))
+    print_facts(found, as_json)
 
 
 @edit.command("revert")

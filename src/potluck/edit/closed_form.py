@@ -19,7 +19,7 @@ def sums(keys: Tensor, residuals: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def rome_update(key: Tensor, residual: Tensor, moment: Tensor, ridge: float) -> Tensor:
-    """``Δ = r uᵀ / (uᵀ k)`` with ``u = (C + ridge c̄ I)⁻¹ k``: after it ``(W + Δ) k = W k + r`` (arXiv 2202.05262).
+    """``Δ = r uᵀ / (uᵀ k)`` with ``u = (C + ridge c̃ I)⁻¹ k``: after it ``(W + Δ) k = W k + r`` (arXiv 2202.05262).
 
     One k throughout, that of u: a mixture with the key of another prompt makes edits that destroy the model
     (arXiv 2403.07175).
@@ -27,7 +27,7 @@ def rome_update(key: Tensor, residual: Tensor, moment: Tensor, ridge: float) -> 
     Args:
         key: ``(d_in,)``.
         residual: ``(d_out,)``.
-        moment: C, ``(d_in, d_in)``; ``c̄`` is the mean of its diagonal.
+        moment: C, ``(d_in, d_in)``; ``c̃`` is the median of its diagonal (`regular`).
     """
     u: Tensor = torch.cholesky_solve(key[:, None], _factor(regular(moment, ridge)))[:, 0]
     return torch.outer(residual, u) / (u @ key)
@@ -47,22 +47,31 @@ def memit_update(m: Tensor, g: Tensor, moment: Tensor, weight: float) -> Tensor:
     return _right_divided(m, regular(weight * moment + g, 1e-12))
 
 
-def null_space(moment: Tensor, kept: float) -> Tensor:
-    """``U₀``, ``(d_in, q)``: directions that together hold at most ``1 - kept`` of the text's energy, ``tr C``.
+def null_space(moment: Tensor, free: float) -> Tensor:
+    """``U₀``, ``(d_in, q)``: the share ``free`` of all directions that the text uses least.
 
     AlphaEdit (arXiv 2410.02355) has an absolute threshold for eigenvalues in its place, which means another thing in
-    every model.
+    every model. So does a share of the energy ``tr C``: an attention sink alone can hold 99.9 % of it. Directions are
+    counted, and what few tokens do changes nothing.
 
     Raises:
         EditError: There is none.
     """
-    values, vectors = torch.linalg.eigh(moment)
-    energy = values.clamp(min=0).cumsum(0) / values.clamp(min=0).sum()
-    free = int((energy <= 1 - kept).sum())
-    if not free:
-        raise EditError(f"no direction is free with {kept:g} of the energy kept", "keep less, or give more text")
-    basis: Tensor = vectors[:, :free]
+    count = int(free * len(moment))
+    if not count:
+        raise EditError(f"no direction is free: {free:g} of {len(moment)}", "leave more of them free")
+    basis: Tensor = torch.linalg.eigh(moment)[1][:, :count]
     return basis
+
+
+def asked_in(g: Tensor, free: Tensor, edits: int) -> float:
+    """Mean ``‖U₀ᵀ k‖²`` of a batch's keys: the unit of AlphaEdit's ridge, for keys are of another size in every layer.
+
+    Args:
+        g: ``G = Kᵀ K`` of the batch.
+        edits: How many keys it is of.
+    """
+    return float(((g @ free) * free).sum()) / max(1, edits)
 
 
 def alphaedit_update(m: Tensor, g: Tensor, past: Tensor, free: Tensor, weight: float) -> Tensor:
@@ -83,8 +92,12 @@ def alphaedit_update(m: Tensor, g: Tensor, past: Tensor, free: Tensor, weight: f
 
 
 def regular(matrix: Tensor, ridge: float) -> Tensor:
-    """The matrix with ``ridge`` of its mean diagonal added to its diagonal."""
-    return matrix + ridge * matrix.diagonal().mean() * torch.eye(len(matrix), dtype=matrix.dtype)
+    """The matrix with ``ridge`` of its median diagonal added to its diagonal.
+
+    The median is that of what most features get: an attention sink raises a few, and with them the mean, a
+    thousandfold.
+    """
+    return matrix + ridge * matrix.diagonal().median() * torch.eye(len(matrix), dtype=matrix.dtype)
 
 
 def _right_divided(a: Tensor, b: Tensor) -> Tensor:

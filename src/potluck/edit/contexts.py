@@ -19,6 +19,7 @@ from potluck.compose.base import Base
 from potluck.edit.facts import Edit
 from potluck.edit.layout import Layout, host, watching
 from potluck.edit.prompts import Row, row, rows_of
+from potluck.errors import EditError
 
 _ROWS = 64  # in a batch
 Site = Literal["subject", "prompt"]  # whose last token is edited
@@ -34,7 +35,7 @@ def contexts(base: Base, seed: int = 0, count: int = 5, length: int = 10) -> tup
         for _ in range(length):
             out = base.model(input_ids=step, past_key_values=cache, use_cache=True)
             cache, logits = out.past_key_values, out.logits[:, -1].float()
-            logits[:, base.vocabulary.end_of_text] = -torch.inf
+            logits[:, sorted(base.vocabulary.stops)] = -torch.inf
             step = torch.multinomial(logits.softmax(-1).cpu(), 1, generator=draw).to(ids.device)
             ids = torch.cat([ids, step], dim=1)
     return tuple(base.vocabulary.tokenizer.decode(tokens[len(start) :]).strip() for tokens in ids.tolist())
@@ -43,11 +44,17 @@ def contexts(base: Base, seed: int = 0, count: int = 5, length: int = 10) -> tup
 def prompt_row(base: Base, edit: Edit, before: str = "", answer: str = "", at: Site = "subject") -> Row:
     """An edit's prompt as tokens, after a context; the token that is edited stands as that of the subject.
 
+    No text's first token is edited: whatever it is, models make an attention sink of it, with a key that all texts have
+    in common. Where the subject ends there, the token after it is edited.
+
     Raises:
-        EditError: The tokenizer does not say where the subject ends.
+        EditError: The tokenizer does not say where the subject ends, or the prompt is one token alone.
     """
     found = row(base.vocabulary, edit.prompt, answer, edit.subject, before, edit.place)
-    return found if at == "subject" else replace(found, subject=found.prompt - 1)
+    alone = row(base.vocabulary, edit.prompt, "", edit.subject, "", edit.place) if before else found
+    if alone.prompt < 2:
+        raise EditError(f"edit {edit.id}: the prompt {edit.prompt!r} is one token", "ask in more words")
+    return replace(found, subject=found.prompt - 1 if at == "prompt" else found.subject + (alone.subject == 0))
 
 
 def keys_at(

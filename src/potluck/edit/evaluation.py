@@ -32,7 +32,6 @@ from potluck.edit.prompts import (
 )
 from potluck.edit.prompts import told as told_tokens
 
-_FLUENT = 50  # edits whose longer answers are looked at
 Asked = Sequence[tuple[str, str]]  # prompts, each with an answer
 
 
@@ -100,7 +99,9 @@ def answers_before(base: Base, edits: Sequence[Edit], batch_size: int = 16) -> B
     return Before(tuple(said(base, neighbours_of(edits), batch_size)))
 
 
-def score_edits(base: Base, edits: Sequence[Edit], before: Before | None, batch_size: int = 16) -> Scores:
+def score_edits(
+    base: Base, edits: Sequence[Edit], before: Before | None, batch_size: int = 16, fluent: int = 50
+) -> Scores:
     """Ask the edited model.
 
     Args:
@@ -108,6 +109,7 @@ def score_edits(base: Base, edits: Sequence[Edit], before: Before | None, batch_
         edits: All of them.
         before: Of the unedited model; without it nothing is said of locality.
         batch_size: Changes nothing but speed.
+        fluent: Edits whose longer answers are looked at.
     """
     asked = [(edit.prompt, edit.target) for edit in edits]
     rephrased = [(prompt, edit.target) for edit in edits for prompt in edit.rephrases]
@@ -131,7 +133,7 @@ def score_edits(base: Base, edits: Sequence[Edit], before: Before | None, batch_
         given_reliability=_share(given.likeliest) or 0.0,
         given_rephrase=_share(given_again.likeliest),
         given_locality=None if kept is None else _share(kept.next_token),
-        fluency=fluency(base, [edit.prompt for edit in edits[:_FLUENT]], batch_size),
+        fluency=fluency(base, [edit.prompt for edit in edits[:fluent]], batch_size),
         **chances,
     )
 

@@ -28,7 +28,7 @@ from potluck.errors import EditError, StorageError
 from potluck.files import appearing, storing, write_text
 
 FOLDER = "edits"
-_FORMAT = "potluck-edits-1"
+_FORMAT = "potluck-edits-2"  # 1: AlphaEdit's and ROME's settings meant something else
 _PARTS = ("keys", "residuals", "after")
 
 
@@ -98,9 +98,11 @@ def load_edited(folder: Path) -> WeightEditor:
 
 
 def _editor(base: Base, facts: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> WeightEditor:
-    if facts["format"] != _FORMAT:
+    raw = dict(facts["settings"])
+    if facts["format"] == "potluck-edits-1" and raw["method"] == "memit":
+        raw = {name: value for name, value in raw.items() if name not in ("kept", "null_weight", "ridge")}
+    elif facts["format"] != _FORMAT:
         raise ValueError("another format")
-    raw = facts["settings"]
     layers = layout_of(base.model).check_layers(raw["layers"])
     settings = WeightSettings(**{**raw, "layers": layers, "values": ValueSettings(**raw["values"])})
     named = {n.removeprefix("moments."): t for n, t in tensors.items() if n.startswith("moments.")}

@@ -5,19 +5,20 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 from transformers import AutoTokenizer
 
 from potluck.compose.base import Base
 from potluck.edit.contexts import prompt_row
 from potluck.edit.facts import Edit
 from potluck.edit.layout import Layout, host, layout_of, watching
-from potluck.edit.prompts import Rows, row, rows_of
+from potluck.edit.prompts import Row, Rows, row, rows_of
 from potluck.edit.tails import Tails, tails_of
 from potluck.files import appearing, storing, write_text
 from potluck.models.memory import EditedConfig, EditedForCausalLM, Memory, install
@@ -114,19 +115,45 @@ class Asked:
         return self.tails.nll(self.base, self.tails.ended(self.tails.stream + added))
 
 
-def asked(base: Base, layout: Layout, layer: int, edits: Sequence[Edit], before: Sequence[str]) -> Asked:
+def asked(
+    base: Base, layout: Layout, layer: int, edits: Sequence[Edit], before: Sequence[str], onward: int = 0
+) -> Asked:
     """Rows for a search at one map.
 
     Args:
         before: Contexts that each prompt is tried with, beside none.
+        onward: Tokens that the model writes after each target, which are in the rows but not among the labels.
     """
-    rows = [prompt_row(base, edit, context, edit.target) for edit in edits for context in ("", *before)]
-    batch = rows_of(rows, base.vocabulary.end_of_text).to(base.model.device)
+    rows = [prompt_row(base, edit, context, edit.target, "prompt") for edit in edits for context in ("", *before)]
+    labels = rows_of(rows, 0).labels
+    longer = continued(base, rows, onward) if onward else rows
+    batch = rows_of(longer, base.vocabulary.end_of_text)
+    batch = replace(batch, labels=pad(labels, (0, batch.ids.shape[1] - labels.shape[1]), value=-100))
+    batch = batch.to(base.model.device)
     found: list[Tensor] = []
     base.model.requires_grad_(False)
     with watching({layer: layout.map(layer)}, lambda _, keys, plain: found.extend((keys, plain))):
         base.model.base_model(input_ids=batch.ids, attention_mask=batch.mask, use_cache=False)
     return Asked(batch, found[0], found[1], tails_of(base, layout, layer, batch, batch.last), base)
+
+
+@torch.inference_mode()
+def continued(base: Base, rows: Sequence[Row], count: int) -> list[Row]:
+    """Rows that the model went on with for some tokens, greedily; those of one length together."""
+    lengths: dict[int, list[int]] = {}
+    for place, one in enumerate(rows):
+        lengths.setdefault(len(one.ids), []).append(place)
+    found = list(rows)
+    for places in lengths.values():
+        ids = torch.tensor([rows[place].ids for place in places], device=base.model.device)
+        step, cache = ids, None
+        for _ in range(count):
+            out = base.model(input_ids=step, past_key_values=cache, use_cache=True)
+            cache, step = out.past_key_values, out.logits[:, -1:].argmax(-1)
+            ids = torch.cat([ids, step], 1)
+        for place, whole in zip(places, ids.tolist(), strict=True):
+            found[place] = replace(rows[place], ids=tuple(whole))
+    return found
 
 
 def keys_of_texts(base: Base, layout: Layout, layer: int, texts: Sequence[str]) -> list[Tensor]:

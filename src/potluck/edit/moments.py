@@ -1,13 +1,14 @@
 """``C = E[k kᵀ]``: what the edited maps get from a text that shall stay as it is.
 
-It is taken from the participant's own text, streamed, so that memory does not grow with it, and is kept beside the
-model's other files under the hash of weights and text: nothing is downloaded.
+It is taken from the participant's own text, streamed, so that memory does not grow with it, and is kept layer by layer
+under the hash of weights and text: nothing is downloaded, and a further edit of the same model computes nothing twice.
 """
 
 from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterable, Iterator, Sequence
+from itertools import islice
 from pathlib import Path
 
 import torch
@@ -23,21 +24,34 @@ from potluck.errors import CorpusError, EditError
 from potluck.files import storing
 
 KIND = "moments"
+MOST_TOKENS = 1 << 17  # of a text; more change little, and cost a forward pass each
 _SEQUENCES = 16  # in a batch
 
 
 def key_moments(
-    base: Base, layout: Layout, layers: Sequence[int], texts: Iterable[str], sequence_length: int = 128
+    base: Base,
+    layout: Layout,
+    layers: Sequence[int],
+    texts: Iterable[str],
+    sequence_length: int = 128,
+    most: int = MOST_TOKENS,
 ) -> Statistics:
-    """``Σ k kᵀ`` of every layer over all tokens of the texts, float64, and how many tokens there were.
+    """``Σ k kᵀ`` of every layer over the tokens of the texts, float64, and how many tokens there were.
+
+    An attention sink, such as a text's first token, has a key hundreds of times as long as others. It stays in the sum,
+    so that edits leave it alone; what is set by the sum (`potluck.edit.closed_form`) goes by what most features and
+    directions have, which it does not touch.
 
     Args:
         texts: Documents; read once, one after the other.
+        most: Tokens that are read; the others are left out.
 
     Raises:
         CorpusError: The text is shorter than one sequence.
     """
-    sums, tokens = squared_keys(base, layout, layers, _batches(base, texts, sequence_length))
+    sequence_length = min(sequence_length, getattr(base.model.config, "max_position_embeddings", sequence_length))
+    batches = islice(_batches(base, texts, sequence_length), max(1, most // (_SEQUENCES * sequence_length)))
+    sums, tokens = squared_keys(base, layout, layers, batches)
     if not tokens:
         raise CorpusError(f"the text is shorter than one sequence of {sequence_length} tokens")
     return Statistics(KIND, {name_of(layout, layer): total for layer, total in sums.items()}, tokens, base.content_hash)
@@ -78,31 +92,54 @@ def moment_of(moments: Statistics, base_hash: str, layout: Layout, layer: int) -
 
 
 def kept_moments(
-    base: Base, layout: Layout, layers: Sequence[int], texts: Sequence[str], folder: Path, sequence_length: int = 128
+    base: Base,
+    layout: Layout,
+    layers: Sequence[int],
+    texts: Sequence[str],
+    folder: Path,
+    sequence_length: int = 128,
+    most: int = MOST_TOKENS,
 ) -> Statistics:
-    """As `key_moments`, kept in a folder by the hash of weights, text and layers.
+    """As `key_moments`, each layer kept in a file of its own by the hash of weights, map, text and settings.
 
     Raises:
         CorpusError: The text is shorter than one sequence.
         StorageError: The folder cannot be written.
     """
-    digest = hashlib.sha256(f"{base.content_hash} {sorted(layers)} {sequence_length}".encode())
+    digest = hashlib.sha256(f"{KIND} 2 {base.content_hash} {sequence_length} {most}".encode())
     for text in texts:
         digest.update(hashlib.sha256(text.encode()).digest())
-    path = folder / f"moments-{digest.hexdigest()[:32]}.safetensors"
+    about = digest.hexdigest()
+    files = {}
+    for layer in layers:
+        name = hashlib.sha256(f"{about} {name_of(layout, layer)}".encode()).hexdigest()
+        files[layer] = folder / f"moments-{name[:32]}.safetensors"
+    held = {layer: found for layer, path in files.items() if (found := _read(path)) is not None}
+    missing = [layer for layer in layers if layer not in held]
+    if missing:
+        taken = key_moments(base, layout, missing, texts, sequence_length, most)
+        for layer in missing:
+            held[layer] = (taken.tensors[name_of(layout, layer)], taken.count)
+            _write(files[layer], *held[layer])
+    tensors = {name_of(layout, layer): held[layer][0] for layer in layers}
+    return Statistics(KIND, tensors, held[layers[0]][1], base.content_hash)
+
+
+def _read(path: Path) -> tuple[Tensor, int] | None:
+    """A layer's sum and how many tokens it is of; nothing if it was not taken yet, or is damaged."""
     try:
         with safe_open(path, "pt") as file:
-            count = int((file.metadata() or {})["tokens"])
-            return Statistics(KIND, {name: file.get_tensor(name) for name in file.keys()}, count, base.content_hash)  # noqa: SIM118
+            return file.get_tensor("moment"), int((file.metadata() or {})["tokens"])
     except (OSError, SafetensorError, KeyError, ValueError):
-        pass  # not taken yet, or damaged
-    found = key_moments(base, layout, layers, texts, sequence_length)
+        return None
+
+
+def _write(path: Path, moment: Tensor, tokens: int) -> None:
     with storing(path):
-        folder.mkdir(parents=True, exist_ok=True)
+        path.parent.mkdir(parents=True, exist_ok=True)
         partial = path.with_suffix(".partial")
-        save_file(dict(found.tensors), partial, metadata={"tokens": str(found.count)})
+        save_file({"moment": moment}, partial, metadata={"tokens": str(tokens)})
         partial.replace(path)
-    return found
 
 
 def name_of(layout: Layout, layer: int) -> str:

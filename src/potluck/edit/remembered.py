@@ -86,7 +86,9 @@ def _shards(record: Mapping[str, Any], edits: tuple[Edit, ...], tensors: Mapping
         raise ValueError("shards and edits differ in number")
     shares = torch.arange(len(edits)).split(sizes)
     shards = tuple(
-        Shard(delta, float(threshold), tuple(edits[i] for i in share.tolist()))
-        for delta, threshold, share in zip(tensors["deltas"], tensors["thresholds"], shares, strict=True)
+        Shard(delta, float(threshold), tuple(edits[i] for i in share.tolist()), int(span))
+        for delta, threshold, span, share in zip(
+            *(tensors[name] for name in ("deltas", "thresholds", "spans")), shares, strict=True
+        )
     )
     return WiseMemory(int(record["layer"]), WiseSettings(**record["settings"]), shards)

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import json
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from functools import partial, reduce
 from pathlib import Path
 from typing import Any, cast
 
 from potluck.compose.base import Base, load_base, texts_of
+from potluck.edit.consequences import consequences, parted, watch
 from potluck.edit.contexts import Site
-from potluck.edit.evaluation import Before, answered, answers_before, unchanged
 from potluck.edit.facts import Edit, read_edits
 from potluck.edit.grace import GraceMemory, grace_memory
 from potluck.edit.kept import load_edited, save_edited, save_model
@@ -22,11 +24,12 @@ from potluck.edit.tuning import Tuning, fine_tune
 from potluck.edit.weights import Method, WeightEditor, WeightSettings, weight_editor
 from potluck.edit.wise import WiseSettings, wise_memory
 from potluck.errors import EditError, RecipeError, StorageError
-from potluck.files import appearing
+from potluck.files import appearing, storing, write_text
 
 IN_WEIGHTS = ("rome", "memit", "alphaedit")
 BESIDE = ("grace", "wise")
 TUNED = ("ft", "lora")
+REPORT = "edit-report.json"
 
 
 @dataclass(frozen=True)
@@ -39,10 +42,12 @@ class Request:
         out: The folder to write, a new one.
         method: A name in `IN_WEIGHTS`, `BESIDE` or `TUNED`.
         layers: Whose maps are edited; the method's own choice if empty.
-        text: Text that shall stay as it is, for the methods in `IN_WEIGHTS`.
+        text: Text whose loss is measured before and after, by its end; what is before it stays as it is, for the
+            methods in `IN_WEIGHTS`.
         at: Whose last token they edit, the subject's or the prompt's.
         at_once: Edits in one batch; all of them if 0.
         seed: Of contexts and of training.
+        strict: Write nothing if there is something to warn of.
     """
 
     model: Path
@@ -54,16 +59,17 @@ class Request:
     at: str | None = None
     at_once: int = 0
     seed: int = 0
+    strict: bool = False
 
 
 def apply(request: Request, moments_folder: Path = Path("runs/moments")) -> dict[str, Any]:
-    """Make edits true and write the edited model.
+    """Make edits true, write the edited model, and measure what that did (`potluck.edit.consequences`).
 
     Args:
         moments_folder: Where key moments are kept between calls.
 
     Raises:
-        EditError: The edits are wrong, or cannot be made.
+        EditError: The edits are wrong, cannot be made, or had no effect or did harm where that is not allowed.
         RecipeError: An option has no effect, or one is missing.
         ModelError: The model cannot be used.
         StorageError: There is something at ``out``, or it cannot be written.
@@ -83,35 +89,88 @@ def apply(request: Request, moments_folder: Path = Path("runs/moments")) -> dict
 def _begin(request: Request, edits: Sequence[Edit], moments_folder: Path) -> dict[str, Any]:
     """Edits of a model that has none."""
     base = load_base(request.model, "auto")
-    before = answers_before(base, edits)
+    protected, held = parted(_texts(request))
+    watched = watch(base, edits, held, request.seed)
     layers = request.layers or default_layers(base, request.method)
+    made = edited(base, request, layers, edits, protected, moments_folder)
+    if isinstance(made, WeightEditor):
+        found = {"tokens_protected": made.moments.count, **consequences(base, watched, request.seed)}
+        return _finished(request, layers, found, partial(save_edited, made))
+    with nullcontext() if made is None else attached(base, made):
+        found = consequences(base, watched, request.seed)
+    save = partial(_save_tuned, base) if made is None else partial(save_with_memory, base, made)
+    return _finished(request, layers, found, save)
+
+
+def edited(
+    base: Base,
+    request: Request,
+    layers: tuple[int, ...],
+    edits: Sequence[Edit],
+    protected: Sequence[str],
+    moments_folder: Path,
+) -> WeightEditor | Memory | None:
+    """Make edits of a model by the request's method, in place or in a memory beside it, and give the editor.
+
+    Args:
+        base: Changed by all methods but those in `BESIDE`.
+        request: Its method, ``at``, ``at_once`` and seed.
+        protected: Text that shall stay as it is, for the methods in `IN_WEIGHTS`.
+        moments_folder: Where key moments are kept.
+
+    Raises:
+        EditError: The edits cannot be made.
+    """
     batches = _batches(edits, request.at_once)
     if request.method in TUNED:
-        rank, rate = (8, 5e-3) if request.method == "lora" else (0, 5e-4)
         for batch in batches:
-            fine_tune(base, batch, Tuning(layers=layers, rank=rank, learning_rate=rate, seed=request.seed))
-        with appearing(request.out) as folder:
-            save_model(base, folder)
-        said = _said(base, edits, before)
-    elif request.method in BESIDE:
-        memory = _remembered(base, request, layers, batches)
-        with attached(base, memory):
-            said = _said(base, edits, before)
-        save_with_memory(base, memory, request.out)
-    else:
-        editor = _written(base, request, layers, batches, moments_folder)
-        said = _said(base, edits, before)
-        save_edited(editor, request.out)
-    return {"model": str(request.out), "method": request.method, "layers": list(layers), **said}
+            fine_tune(base, batch, tuning_of(request.method, layers, request.seed))
+        return None
+    if request.method in BESIDE:
+        return _remembered(base, request, layers, batches)
+    return _written(base, request, layers, batches, protected, moments_folder)
+
+
+def tuning_of(method: str, layers: tuple[int, ...], seed: int) -> Tuning:
+    """How ``ft`` and ``lora`` train."""
+    rank, rate = (8, 1e-3) if method == "lora" else (0, 5e-4)
+    return Tuning(layers=layers, rank=rank, learning_rate=rate, seed=seed)
+
+
+def _finished(
+    request: Request, layers: Sequence[int], found: dict[str, Any], save: Callable[[Path], None]
+) -> dict[str, Any]:
+    """Write the folder, and beside the model what came of the edits."""
+    if request.strict and "warnings" in found:
+        hint = "nothing was written; without --strict the folder is, with these warnings"
+        raise EditError("; ".join(found["warnings"]), hint)
+    save(request.out)
+    found = {"model": str(request.out), "method": request.method, "layers": list(layers), **found}
+    with storing(request.out):
+        write_text(request.out / REPORT, json.dumps(found, indent=1, ensure_ascii=False) + "\n")
+    return found
+
+
+def _save_tuned(base: Base, out: Path) -> None:
+    with appearing(out) as folder:
+        save_model(base, folder)
+
+
+def _texts(request: Request) -> list[str]:
+    return [] if request.text is None else texts_of(request.text)
 
 
 def _written(
-    base: Base, request: Request, layers: tuple[int, ...], batches: Sequence[Sequence[Edit]], moments_folder: Path
+    base: Base,
+    request: Request,
+    layers: tuple[int, ...],
+    batches: Sequence[Sequence[Edit]],
+    protected: Sequence[str],
+    moments_folder: Path,
 ) -> WeightEditor:
-    assert request.text is not None
     method, at = cast(Method, request.method), cast(Site, request.at or "subject")
     layout = layout_of(base.model)
-    moments = kept_moments(base, layout, layout.check_layers(layers), texts_of(request.text), moments_folder)
+    moments = kept_moments(base, layout, layout.check_layers(layers), protected, moments_folder)
     editor = weight_editor(base, moments, WeightSettings(method=method, layers=layers, at=at, seed=request.seed))
     for batch in batches:
         editor.write(batch)
@@ -149,15 +208,15 @@ def revert(model: Path, ids: Sequence[str], out: Path) -> dict[str, Any]:
 
 
 def default_layers(base: Base, method: str) -> tuple[int, ...]:
-    """Layers at a sixth to a half of the depth, where causal tracing found facts in models of every size.
+    """Layers below the middle, where causal tracing found facts in models of every size; five at most, as in MEMIT.
 
     A memory is beside the last layer but one: late, but with something after it that can use what it says.
     """
     count = layout_of(base.model).count
     if method in BESIDE:
         return (max(0, count - 2),)
-    first, last = count // 6, max(count // 6, count // 2 - 1)
-    return (last,) if method in ("rome", "ft", "lora") else tuple(range(first, last + 1))
+    last = max(count // 6, count // 2 - 1)
+    return (last,) if method in ("rome", "ft", "lora") else tuple(range(max(count // 6, last - 4), last + 1))
 
 
 def _go_on(request: Request, edits: Sequence[Edit]) -> dict[str, Any]:
@@ -169,13 +228,12 @@ def _go_on(request: Request, edits: Sequence[Edit]) -> dict[str, Any]:
         if value != kept[name]:
             hint = "go on with the same, or begin with an unedited model"
             raise EditError(f"{request.model}: was edited with {name} {kept[name]}, not {value}", hint)
-    before = answers_before(editor.base, edits)
+    watched = watch(editor.base, edits, parted(_texts(request))[1], request.seed)
     editor.settings = replace(editor.settings, seed=request.seed)
     for batch in _batches(edits, request.at_once):
         editor.write(batch)
-    save_edited(editor, request.out)
-    said = _said(editor.base, edits, before)
-    return {"model": str(request.out), "method": request.method, "layers": list(editor.settings.layers), **said}
+    found = consequences(editor.base, watched, request.seed)
+    return _finished(request, editor.settings.layers, found, partial(save_edited, editor))
 
 
 def _remember_more(request: Request, edits: Sequence[Edit]) -> dict[str, Any]:
@@ -187,21 +245,18 @@ def _remember_more(request: Request, edits: Sequence[Edit]) -> dict[str, Any]:
             hint = "go on with the same, or begin with an unedited model"
             raise EditError(f"{request.model}: was edited with {name} {kept[name]}, not {value}", hint)
     with attached(base, memory):
-        before = answers_before(base, edits)
+        watched = watch(base, edits, parted(_texts(request))[1], request.seed)
     memory = reduce(partial(with_edits, base), _batches(edits, request.at_once), memory)
     with attached(base, memory):
-        said = _said(base, edits, before)
-    save_with_memory(base, memory, request.out)
-    return {"model": str(request.out), "method": request.method, "layers": [memory.layer], **said}
+        found = consequences(base, watched, request.seed)
+    return _finished(request, [memory.layer], found, partial(save_with_memory, base, memory))
 
 
 def _check(request: Request) -> None:
     if request.out.exists():
         raise StorageError(f"{request.out}: there is something here already", "name a new folder")
-    if request.method not in IN_WEIGHTS:
-        for option, value in (("--text", request.text), ("--at", request.at)):
-            if value is not None:
-                raise RecipeError(f"{option} has no effect on {request.method}", "leave it out")
+    if request.method not in IN_WEIGHTS and request.at is not None:
+        raise RecipeError(f"--at has no effect on {request.method}", "leave it out")
     if request.method in IN_WEIGHTS and request.text is None and not (request.model / "edits").is_dir():
         hint = "name a text of your own: its keys are what the edits leave alone"
         raise RecipeError(f"{request.method} needs --text", hint)
@@ -210,18 +265,3 @@ def _check(request: Request) -> None:
 def _batches(edits: Sequence[Edit], at_once: int) -> list[Sequence[Edit]]:
     size = at_once or len(edits)
     return [edits[begin : begin + size] for begin in range(0, len(edits), size)]
-
-
-def _said(base: Base, edits: Sequence[Edit], before: Before) -> dict[str, Any]:
-    """What the model now answers by itself, as `potluck evaluate --edits` counts it, which says more."""
-    told = answered(base, [(edit.prompt, edit.target) for edit in edits])
-    found = {"edits": len(edits), "told": _share(told.begins), "told_exactly": _share(told.exactly)}
-    if before.said:
-        kept = unchanged(base, edits, before, answers_before(base, edits))
-        found["neighbours_unchanged"] = _share(kept.begins)
-        found["neighbours_exactly_unchanged"] = _share(kept.exactly)
-    return found
-
-
-def _share(right: Sequence[bool]) -> float:
-    return sum(right) / len(right)

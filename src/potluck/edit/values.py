@@ -7,7 +7,7 @@ so that the result is that of one by one.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -121,7 +121,8 @@ def _rows(base: Base, edits: Sequence[Edit], before: Sequence[str], at: Site) ->
     asked = [prompt_row(base, edit, context, edit.target, at) for edit in edits for context in ("", *before)]
     if at == "prompt":  # what is said at an edited prompt's end is said nowhere else
         return asked, []
-    return asked, [row(base.vocabulary, f"{edit.subject} is a", subject=edit.subject) for edit in edits]
+    essences = [row(base.vocabulary, f"{edit.subject} is a", subject=edit.subject) for edit in edits]
+    return asked, [replace(essence, subject=max(1, essence.subject)) for essence in essences]
 
 
 def _measured(base: Base, tails: Tails, batch: Rows, stream: Tensor, asked: int) -> tuple[Tensor, Tensor]:

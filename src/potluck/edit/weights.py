@@ -16,7 +16,7 @@ from torch import Tensor
 
 from potluck.aggregation.statistics import Statistics
 from potluck.compose.base import Base
-from potluck.edit.closed_form import alphaedit_update, memit_update, null_space, rome_update, sums
+from potluck.edit.closed_form import alphaedit_update, asked_in, memit_update, null_space, rome_update, sums
 from potluck.edit.contexts import Site, contexts, hidden_at, keys_at
 from potluck.edit.facts import Edit, checked_edits
 from potluck.edit.layout import Layout, layout_of
@@ -35,10 +35,11 @@ class WeightSettings:
         layers: Whose maps are edited; ROME has one.
         at: Whose last token is edited, the subject's as in the papers, or the prompt's.
         moment_weight: λ of MEMIT, for ``C = E[k kᵀ]``: how many tokens of text weigh as much as one edit.
-        null_weight: λ of AlphaEdit.
-        kept: Share of the text's energy that AlphaEdit does not touch.
+        null_weight: λ of AlphaEdit, in units of what a key of the batch has in the free directions, ``‖U₀ᵀ k‖²``: of a
+            single edit ``1 / (1 + λ)`` is written.
+        free: Share of all directions, those that the text uses least, in which AlphaEdit writes.
         remember: Whether MEMIT adds the keys of earlier edits to C, against forgetting (CollabEdit); AlphaEdit does.
-        ridge: ROME's, of the mean diagonal of C.
+        ridge: ROME's, of the median diagonal of C.
         seed: Of the contexts.
         values: How target values are found.
     """
@@ -47,10 +48,10 @@ class WeightSettings:
     layers: tuple[int, ...] = (1, 2)
     at: Site = "subject"
     moment_weight: float = 8000.0
-    null_weight: float = 120.0
-    kept: float = 0.99
+    null_weight: float = 2.0
+    free: float = 0.75
     remember: bool = True
-    ridge: float = 1e-3
+    ridge: float = 0.03
     seed: int = 0
     values: ValueSettings = field(default_factory=ValueSettings)
 
@@ -98,6 +99,7 @@ class WeightEditor:
     originals: Mapping[int, Tensor]
     written: list[Written] = field(default_factory=list)
     held: Mapping[int, Tensor] = field(default_factory=dict)
+    _free: dict[tuple[int, float], Tensor] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     @property
     def layout(self) -> Layout:
@@ -187,11 +189,11 @@ class WeightEditor:
             return rome_update(keys[0], residuals[0], moment, settings.ridge)
         m, g = sums(keys, residuals)
         if settings.method == "alphaedit":
-            return alphaedit_update(m, g, past, self._free(layer, moment), settings.null_weight)
+            if (layer, settings.free) not in self._free:
+                self._free[layer, settings.free] = null_space(moment, settings.free)
+            free = self._free[layer, settings.free]
+            return alphaedit_update(m, g, past, free, settings.null_weight * asked_in(g, free, len(keys)))
         return memit_update(m, g, moment + past / settings.moment_weight * settings.remember, settings.moment_weight)
-
-    def _free(self, layer: int, moment: Tensor) -> Tensor:
-        return null_space(moment, self.settings.kept)
 
 
 def weight_editor(base: Base, moments: Statistics, settings: WeightSettings, hold: Sequence[Edit] = ()) -> WeightEditor:

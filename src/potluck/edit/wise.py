@@ -2,10 +2,12 @@
 
 Edits are cut into shards, each with entries of its own to write to (knowledge sharding). Of a shard's Δ is asked that
 the targets follow where a prompt ends, that ``‖Δ x‖`` is large there and small on everything else: on texts that the
-model writes, and on the same prompts about others, real and invented. Three things differ
+model writes, on the same prompts about others, real and invented, and from the last token of an answer on, where the
+unedited model goes on with the text. Three things differ
 from the paper. Margins are in units of what the map gives on text that the model writes itself, and the threshold is
-put between both sides, so that nothing depends on the size of a model. Whether an edit is asked for is decided once,
-at a token, and held, for each text of a batch. And a shard is trained on all its edits together, with Adam: the
+put between both sides, so that nothing depends on the size of a model. Whether an edit is asked for is decided at a
+token, and held for the tokens of an answer, for each text of a batch: the paper's memory stays on for all that follows,
+and a model that has said its answer says it again. And a shard is trained on all its edits together, with Adam: the
 participant has them, so none has to be forgotten for another; one that is taken back leaves no trace.
 """
 
@@ -42,13 +44,14 @@ class WiseSettings:
         density: ρ, share of the map's entries that a shard may change.
         mode: ``retrieve``: the shard that recognises a text best; ``merge``: all shards as one, by TIES.
         inside, outside: ``‖Δ x‖`` is at least ``inside`` where an edit is asked for and at most ``outside`` elsewhere,
-            in units of the mean ``‖W x‖``.
+            in units of the median ``‖W x‖``.
         margin: Weight of both.
         steps, learning_rate: Of Adam.
         enough: A shard whose loss is below it is left as it is.
         contexts: Beginnings of texts that each prompt is tried after, beside none.
         quiet: Texts that the model writes, to stand for all that is not asked for.
         near: Names of others that each prompt is tried with, to stand for what looks like it.
+        onward: Tokens after each answer that the unedited model writes, to stand for how a text goes on.
         seed: Of masks, contexts and these texts.
     """
 
@@ -64,6 +67,7 @@ class WiseSettings:
     contexts: int = 1
     quiet: int = 150
     near: int = 4
+    onward: int = 8
     seed: int = 0
 
 
@@ -74,11 +78,13 @@ class Shard:
     Attributes:
         delta: ``W' − W``, ``(d_out, d_in)``, zero outside its mask.
         threshold: ε: ``‖Δ x‖`` from which a text is taken to ask for one of them.
+        span: Tokens of the longest target: for so many it is at work.
     """
 
     delta: Tensor
     threshold: float
     edits: tuple[Edit, ...]
+    span: int
 
 
 @dataclass(frozen=True)
@@ -102,13 +108,14 @@ class WiseMemory:
 
     def module(self) -> Shards:
         """What is at work in the model."""
-        deltas, thresholds = [s.delta for s in self.shards], [s.threshold for s in self.shards]
+        deltas, thresholds, spans = ([getattr(s, n) for s in self.shards] for n in ("delta", "threshold", "span"))
         if self.settings.mode == "merge" and len(deltas) > 1:
-            deltas, thresholds = [ties(deltas)], [min(thresholds)]
+            deltas, thresholds, spans = [ties(deltas)], [min(thresholds)], [max(spans)]
         size = self.shards[0].delta.shape if self.shards else (0, 0)
         module = Shards(len(deltas), size[1], size[0])
         if deltas:
-            module.load_state_dict({"deltas": torch.stack(deltas), "thresholds": torch.tensor(thresholds)})
+            held = {"thresholds": torch.tensor(thresholds), "spans": torch.tensor(spans)}
+            module.load_state_dict({"deltas": torch.stack(deltas), **held})
         return module
 
     def facts(self) -> dict[str, Any]:
@@ -174,12 +181,13 @@ def ties(deltas: Sequence[Tensor], density: float = 0.53) -> Tensor:
 
 def _trained(base: Base, memory: WiseMemory, place: int, edits: tuple[Edit, ...]) -> Shard:
     settings, layout = memory.settings, layout_of(base.model)
-    rows = asked(base, layout, memory.layer, edits, contexts(base, settings.seed, settings.contexts))
+    before = contexts(base, settings.seed, settings.contexts)
+    rows = asked(base, layout, memory.layer, edits, before, settings.onward)
     others = [keys for text, keys in memory.quiet if not any(edit.subject in text for edit in edits)]
     quiet = torch.cat(others or [keys for _, keys in memory.quiet]).to(rows.keys.device)
     alike, unseen = (keys_of_texts(base, layout, memory.layer, t) for t in _near(edits, settings.near, settings.seed))
     near = torch.cat(alike).to(quiet) if alike else quiet[:0]
-    typical = float((quiet @ layout.weight(memory.layer).T).norm(dim=1).mean())
+    typical = float((quiet @ layout.weight(memory.layer).T).norm(dim=1).median())
     draw = torch.Generator().manual_seed(settings.seed * 1_000_003 + place)
     mask = (torch.rand(layout.d_out, layout.d_in, generator=draw) < settings.density).to(rows.keys.device)
     free = torch.zeros(layout.d_out, layout.d_in, device=rows.keys.device, requires_grad=True)
@@ -209,7 +217,7 @@ def _trained(base: Base, memory: WiseMemory, place: int, edits: tuple[Edit, ...]
         low = max(low, float(linear(ends, delta).norm(dim=-1).quantile(0.9)))
     high = float(size[inside].quantile(0.02))
     threshold = (low * high) ** 0.5 if low < high else high
-    return Shard(delta.cpu(), threshold, edits)
+    return Shard(delta.cpu(), threshold, edits, int((rows.rows.labels != -100).sum(1).max()))
 
 
 def _quiet(base: Base, memory: WiseMemory) -> tuple[tuple[str, Tensor], ...]:
@@ -239,6 +247,10 @@ def _near(edits: Sequence[Edit], count: int, seed: int) -> tuple[list[str], list
 
 
 def _sides(rows: Asked) -> tuple[Tensor, Tensor]:
-    """Where an edit is asked for, the last token of each prompt, and the tokens before it: ``(B, T)`` each."""
+    """Where an edit is asked for, at a prompt's end, and where not, before it and from its answer's last token on.
+
+    Both ``(B, T)``.
+    """
     at = torch.arange(rows.rows.ids.shape[1], device=rows.rows.ids.device)
-    return at == rows.rows.last[:, None], at < rows.rows.last[:, None]
+    last, answer = rows.rows.last[:, None], (rows.rows.labels != -100).sum(1, keepdim=True)
+    return at == last, (at < last) | ((at >= last + answer) & rows.rows.mask.bool())

@@ -1,8 +1,8 @@
 """A model with a side memory of edits: one linear map that answers differently where an edit is asked for.
 
 `Codebook` (GRACE) replaces the map's output at single tokens; `Shards` (WISE) add to it from the token on at which an
-edit is recognised. Both decide token by token from what came before, so that a text gives the same answers alone or in
-a batch, padded at the right, whole or with a cache.
+edit is recognised, for as many tokens as its answer has. Both decide token by token from what came before, so that a
+text gives the same answers alone or in a batch, padded at the right, whole or with a cache.
 """
 
 from __future__ import annotations
@@ -45,15 +45,17 @@ class Codebook(nn.Module):
 
 
 class Shards(nn.Module):
-    """Additions to the map's weight, each at work from the token on at which it is recognised (after arXiv 2405.14768).
+    """Additions to the map's weight, each at work where it is recognised, for one answer (after arXiv 2405.14768).
 
-    ``s_j(t) = max_{u ≤ t} ‖Δ_j x_u‖``; with j of the largest ``s_j / ε_j``, if that is 1 or more, ``y ← y + Δ_j x``.
+    ``s_j(t) = max_{t − n_j < u ≤ t} ‖Δ_j x_u‖`` with ``n_j`` the tokens of its longest answer; with j of the largest
+    ``s_j / ε_j``, if that is 1 or more, ``y ← y + Δ_j x``. So it is silent again once the answer is given.
     """
 
     def __init__(self, shards: int, d_in: int, d_out: int) -> None:
         super().__init__()
         self.register_buffer("deltas", torch.zeros(shards, d_out, d_in))
         self.register_buffer("thresholds", torch.ones(shards))
+        self.register_buffer("spans", torch.ones(shards, dtype=torch.int64))
         self._seen: Tensor | None = None
 
     def reset(self) -> None:
@@ -62,17 +64,20 @@ class Shards(nn.Module):
 
     def forward(self, x: Tensor, y: Tensor) -> Tensor:
         """The map's input ``(B, T, d_in)`` and output ``(B, T, d_out)`` to the output that counts."""
-        deltas, thresholds = cast(Tensor, self.deltas), cast(Tensor, self.thresholds)
+        deltas, thresholds, spans = (cast(Tensor, getattr(self, n)) for n in ("deltas", "thresholds", "spans"))
         if not len(deltas):
             return y
         added = torch.stack([linear(x, delta.to(x.dtype)) for delta in deltas], dim=-1)  # (B, T, d_out, S)
         ratio = added.float().norm(dim=-2) / thresholds
-        if self._seen is not None and len(self._seen) == len(ratio):
-            ratio = torch.cat([self._seen[:, None], ratio[:, :]], dim=1).cummax(1).values[:, 1:]
-        else:
-            ratio = ratio.cummax(1).values
-        self._seen = ratio[:, -1].detach()
-        best, which = ratio.max(-1)
+        longest = int(spans.max())
+        seen = self._seen
+        if seen is None or len(seen) != len(ratio):
+            seen = ratio.new_zeros(len(ratio), longest - 1, len(deltas))
+        ratio = torch.cat([seen, ratio], dim=1)
+        self._seen = ratio[:, ratio.shape[1] - (longest - 1) :].detach()
+        ago = torch.arange(longest - 1, -1, -1, device=ratio.device)
+        held = ratio.unfold(1, longest, 1).masked_fill(ago >= spans[:, None], 0).amax(-1)  # (B, T, S)
+        best, which = held.max(-1)
         chosen = added.gather(-1, which[..., None, None].expand(*added.shape[:-1], 1)).squeeze(-1)
         return torch.where((best >= 1)[..., None], y + chosen, y)
 

@@ -68,9 +68,18 @@ class Editing(Table):
     moment_weight: float = setting(
         8000.0, "MEMIT's weight of the text's keys (lambda): as many tokens as one edit weighs.", unit="tokens", gt=0
     )
-    null_weight: float = setting(120.0, "AlphaEdit's ridge (L2).", unit="squared keys", gt=0)
-    kept_energy: float = setting(
-        0.99, "Share of the text's energy that AlphaEdit does not touch.", unit="fraction", gt=0, lt=1
+    null_weight: float = setting(
+        2.0,
+        "AlphaEdit's ridge (L2): of a single edit `1 / (1 + null_weight)` is written.",
+        unit="of what the edits' keys have in the free directions",
+        gt=0,
+    )
+    free_directions: float = setting(
+        0.75,
+        "Share of all directions, those that the text uses least, in which AlphaEdit writes.",
+        unit="fraction",
+        gt=0,
+        lt=1,
     )
     moment_tokens: int = setting(
         100_000, "Tokens of its own text from which each participant takes key moments, at most.", unit="tokens", ge=64

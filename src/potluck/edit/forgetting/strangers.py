@@ -37,7 +37,7 @@ class Strangers:
         layers: Whose maps are written.
         at: Whose last token, the subject's or the prompt's: there the model gets what it has for a stranger.
         null_weight: λ of AlphaEdit.
-        kept: Share of the text's energy that is not touched.
+        free: Share of all directions, those that the text uses least, that are written to.
         count: Strangers whose states are averaged for each subject.
         ways: Beginnings of questions in which each subject is met, the commonest, if its last token is edited.
         seed: Of names and contexts.
@@ -46,7 +46,7 @@ class Strangers:
     layers: tuple[int, ...] = (1, 2)
     at: Site = "subject"
     null_weight: float = 0.05
-    kept: float = 0.99
+    free: float = 0.65
     count: int = 1
     ways: int = 16
     seed: int = 0
@@ -83,7 +83,7 @@ def estranged(
     for place, layer in enumerate(layers):
         keys = keys_at(edited, layout, (layer,), met, before, settings.at)[layer]
         residuals = (z - hidden_at(edited, layout, layers[-1], met, settings.at)) / (len(layers) - place)
-        free = null_space(moment_of(moments, moments.base_hash, layout, layer), settings.kept)
+        free = null_space(moment_of(moments, moments.base_hash, layout, layer), settings.free)
         add(layout, layer, alphaedit_update(*sums(keys, residuals), none, free, settings.null_weight))
     return edited
 

@@ -27,7 +27,7 @@ from torch import Tensor
 
 from potluck.aggregation.statistics import SummedStatistics
 from potluck.contribution import Contribution, Header, Scalar
-from potluck.edit.closed_form import alphaedit_update, memit_update, null_space
+from potluck.edit.closed_form import alphaedit_update, asked_in, memit_update, null_space
 from potluck.edit.together.claims import Claim, Decisions, Resolution, read_claims, resolved
 from potluck.edit.together.maps import Maps
 from potluck.edit.together.sums import (
@@ -131,7 +131,7 @@ class Exchange:
             return Outcome(None, resolution)
         moments, contexts = self._moments(theta, names)
         asked = [name for name, count in made.items() if count or self.editing.masks is not None]
-        attempt = _Attempt(self, theta.clone(), asked, resolution, moments, contexts)
+        attempt = _Attempt(self, theta.clone(), asked, resolution, moments, contexts, sum(made.values()))
         changes = attempt.write()
         keys, told = attempt.after()
         return Outcome(attempt.theta, resolution, made, told, keys, changes)
@@ -230,6 +230,7 @@ class _Attempt:
     resolution: Resolution
     moments: Mapping[int, Tensor]
     contexts: str
+    edits: int
 
     def write(self) -> dict[int, float]:
         """Write all layers; norms of what was added."""
@@ -282,7 +283,7 @@ class _Attempt:
     def _add(self, layer: int, sums: Mapping[str, Tensor]) -> float:
         g, m = sums[f"{layer}.{GRAM}"], sums[f"{layer}.{PRODUCT}"]
         past = self.whole.past.get(layer, torch.zeros_like(g))
-        delta = update_of(self.whole.editing, m, g, self.moments[layer], past)
+        delta = update_of(self.whole.editing, m, g, self.moments[layer], past, self.edits)
         if not torch.isfinite(delta).all():
             raise EditError(f"layer {layer}: what would be added is not finite")
         weight = self.whole.maps[layer].of(self.theta)
@@ -298,18 +299,20 @@ class _Unusable(Exception):
         self.reasons = reasons
 
 
-def update_of(editing: Editing, m: Tensor, g: Tensor, moment: Tensor, past: Tensor) -> Tensor:
+def update_of(editing: Editing, m: Tensor, g: Tensor, moment: Tensor, past: Tensor, edits: int) -> Tensor:
     """``Δ``, ``(d_out, d_in)``, of summed statistics.
 
     Args:
         moment: C of the text.
         past: ``G_past``.
+        edits: How many edits the sums are of.
 
     Raises:
         EditError: They cannot be solved.
     """
     if editing.method == "alphaedit":
-        return alphaedit_update(m, g, past, null_space(moment, editing.kept_energy), editing.null_weight)
+        free = null_space(moment, editing.free_directions)
+        return alphaedit_update(m, g, past, free, editing.null_weight * asked_in(g, free, edits))
     return memit_update(m, g, moment + past / editing.moment_weight, editing.moment_weight)
 
 
