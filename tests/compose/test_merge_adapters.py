@@ -461,6 +461,18 @@ def test_a_merge_that_does_harm_or_nothing_says_so(potluck: Any, tmp_path: Path)
     assert effect["after"] > effect["before"] and effect["tokens"] == done.result["effect"]["tokens"]
 
 
+def test_a_merge_that_changes_nothing_says_so(potluck: Any, tmp_path: Path) -> None:
+    """Of full models; the figures are in the JSON."""
+    for name in ("base", "a", "b"):
+        llama().save_pretrained(tmp_path / name)
+        write_tokenizer(tmp_path / name)
+    (tmp_path / "text.txt").write_text("!" * 300)
+    words = ("--method", "ties", "--base", "base", "--data", "text.txt", "--out", "out", "--json")
+    done = potluck("merge", "a", "b", *words)
+    assert "out: no different from the base on this text" in done.err and done.result["effect"]["error"] == 0
+    assert done.result["warnings"] and done.result["method"] == "ties"
+
+
 def write_tokenizer(folder: Path) -> None:
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast

@@ -23,7 +23,7 @@ from potluck.compose.training import Lesson, only_training, placed, settled, tra
 from potluck.models.mixture import Kind, MixtureForCausalLM, feed_forwards
 
 _SEQUENCES_AT_ONCE = 32
-_OPERATIONS, _LEAST_STRETCHES = 2.5e12, 64
+_OPERATIONS, _LEAST_STRETCHES = 1e12, 16
 
 
 def train_expert(
@@ -111,7 +111,7 @@ def expert_weights(model: MixtureForCausalLM) -> list[dict[str, Tensor]]:
 def mean_inputs(model: PreTrainedModel, tokens: np.ndarray, lesson: Lesson) -> Tensor:
     """Mean input of each layer's feed-forward network over a text: its domain embedding, fp32 ``(layers, d)``.
 
-    Of a long text stretches spread evenly over it, so many as the base reads in 2.5e12 operations, 64 at least.
+    Of a long text stretches spread evenly over it, so many as the base reads in 1e12 operations, 16 at least.
     """
     sums = torch.zeros(len(feed_forwards(model)), model.config.hidden_size, dtype=torch.float64)
 

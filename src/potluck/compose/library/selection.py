@@ -66,8 +66,8 @@ def merge_weights(
     """
     if not adapters or picks < 1:
         raise RecipeError(f"{picks} picks of {len(adapters)} adapters", "give at least one of each")
-    for adapter in adapters.values():
-        check_fits(base.model, adapter)
+    for name, adapter in adapters.items():
+        check_fits(base.model, adapter, name)
     names, tried = list(adapters), {}
     merges = {path: _Merge(parts, names) for path, parts in by_module(adapters).items()}
     counts = torch.zeros(len(names))

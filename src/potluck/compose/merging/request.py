@@ -167,8 +167,11 @@ def _before(base: Base, data: Path) -> tuple[Tensor, np.ndarray]:
 
 def _said(out: Path, before: Tensor, after: Tensor) -> dict[str, Any]:
     effect = compared(before, after, _LENGTH)
-    worse = f"{out}: worse than the base on this text: {effect.before:.3f} to {effect.after:.3f} nats per token"
-    return {"effect": effect.table(), "warnings": [worse] if effect.harms() else []}
+    figures = f"{effect.before:.3f} to {effect.after:.3f} nats per token"
+    said = [f"{out}: worse than the base on this text: {figures}"] if effect.harms() else []
+    if not effect.change:
+        said = [f"{out}: no different from the base on this text: {figures}"]
+    return {"effect": effect.table(), "warnings": said}
 
 
 def _holds_adapters(parts: Sequence[Path]) -> bool:

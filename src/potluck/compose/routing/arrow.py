@@ -87,8 +87,8 @@ def arrow(
         raise RecipeError(f"top_k = {settings.top_k} of {len(adapters)} adapters", "choose at least 1, at most all")
     if not settings.temperature > 0:
         raise RecipeError(f"temperature = {settings.temperature:g} is not above 0")
-    for adapter in adapters.values():
-        check_fits(model, adapter)
+    for name, adapter in adapters.items():
+        check_fits(model, adapter, name)
     routed = {path: ArrowRouted(parts, settings) for path, parts in by_module(adapters).items()}
     with added(model, routed):
         yield routed

@@ -187,7 +187,7 @@ def _check(
     if not settings.confidence > 0:
         raise RecipeError(f"confidence = {settings.confidence:g} is not above 0")
     for name, adapter in adapters.items():
-        check_fits(model, adapter)
+        check_fits(model, adapter, name)
         if name not in profiles:
             raise RecipeError(f"{name}: its profile is missing", "the participant makes it with token_profile")
         if profiles[name].shape != (model.config.vocab_size,):

@@ -150,8 +150,8 @@ def train_ranks(
         CorpusError: The text is shorter than one sequence.
     """
     settings = settings or Ranks()
-    for adapter in adapters.values():
-        check_fits(base.model, adapter)
+    for name, adapter in adapters.items():
+        check_fits(base.model, adapter, name)
     routers = untrained_ranks(adapters, settings.active, lesson.seed)
 
     def between_steps(step: int) -> None:
