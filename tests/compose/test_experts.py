@@ -379,11 +379,13 @@ def test_what_is_kept_back_is_whole_documents_where_there_are_several(base: Base
 
 def test_the_verbs(place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
+    told: list[str] = []
     small = ["--steps", "2", "--batch-size", "2", "--sequence-length", "16", "--device", "cpu", "--json"]
 
     def said(*words: object) -> Any:
         ended = CliRunner().invoke(verbs, [str(word) for word in words])
         assert ended.exit_code == 0, (ended.output, ended.exception)
+        told.append(ended.stderr)
         return json.loads(ended.stdout)
 
     def train_verb(name: str, *more: object) -> Any:
@@ -391,6 +393,7 @@ def test_the_verbs(place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
 
     public = ("--public", place / "public.txt")
     assert train_verb("ada", "--as", "full", *public)["kind"] == "full"
+    assert "step 1 of 2" in told[-1]
     assert train_verb("bob", "--as", "low-rank", "--rank", 3, *public)["rank"] == 3
     assert train_verb("eve", "--as", "adapter")["rank"] == 8
     adapter = load_adapter(tmp_path / "eve")

@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from potluck.cli.options import JsonOption, print_result
+from potluck.cli.options import JsonOption, print_result, telling
 
 expert = typer.Typer(no_args_is_help=True, help="Train an expert apart, assemble what several trained, remove one.")
 
@@ -62,7 +62,13 @@ def train(
     from potluck.compose.training import Lesson
 
     lesson = Lesson(steps, batch_size, sequence_length, learning_rate, seed, device)
-    print_result(run(base, data, out, part.value, lesson, rank=rank, public=public), as_json)
+    told = max(1, steps // 20)
+    with telling() as say:
+        found = run(
+            base, data, out, part.value, lesson, rank=rank, public=public,
+            on_step=lambda step: say(f"step {step} of {steps}") if step % told == 0 else None,
+        )  # fmt: skip
+    print_result(found, as_json)
 
 
 @expert.command("assemble")

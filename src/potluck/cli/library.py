@@ -9,7 +9,7 @@ from typing import Annotated, Any
 
 import typer
 
-from potluck.cli.options import JsonOption, print_json, progress, warn
+from potluck.cli.options import JsonOption, print_json, telling, warn
 
 library = typer.Typer(help="Keep adapters with what they are good for, find them, and route between them.")
 
@@ -67,9 +67,8 @@ def add(
         adapter=adapter, base=base, data=data, name=name, who=who, licence=licence, points=spec_points, noise=noise,
         public=public, replace=replace,
     )  # fmt: skip
-    console = progress()
-    with console.status("...") as status:  # shows itself on terminals only
-        done = put(Place(place, registry), offer, status.update if console.is_terminal else console.print)
+    with telling() as say:
+        done = put(Place(place, registry), offer, say)
     _print(done, as_json)
 
 
@@ -87,7 +86,8 @@ def search(
     from potluck.compose.library.commands import Place
     from potluck.compose.library.commands import search as look
 
-    found = look(Place(place, registry), base, data, top, mixture)
+    with telling() as say:
+        found = look(Place(place, registry), base, data, top, mixture, say)
     if as_json:
         print_json(found)
         return
@@ -190,7 +190,8 @@ def route(
     from potluck.compose.library.commands import Place, Routing
     from potluck.compose.library.commands import route as measure
 
-    found = measure(Place(place, registry), base, data, Routing(by.value, top_k, temperature, nearest))
+    with telling() as say:
+        found = measure(Place(place, registry), base, data, Routing(by.value, top_k, temperature, nearest), say)
     warn(found["warnings"])
     if as_json:
         print_json(found)

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -27,6 +29,14 @@ def progress() -> Console:
     from rich.console import Console
 
     return Console(stderr=True)
+
+
+@contextmanager
+def telling() -> Iterator[Callable[[str], None]]:
+    """Say on standard error how far slow work is: one line that changes on a terminal, else a line each time."""
+    console = progress()
+    with console.status("...") as status:  # shows itself on terminals only
+        yield status.update if console.is_terminal else partial(console.print, soft_wrap=True, highlight=False)
 
 
 def address_of(text: str, option: str) -> tuple[str, int]:

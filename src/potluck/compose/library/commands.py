@@ -121,7 +121,14 @@ def add(place: Place, offer: Offer, progress: Progress) -> Result:
         }
 
 
-def search(place: Place, base_folder: Path, data: Path, top: int = 5, mixed: bool = False) -> Result:
+def search(
+    place: Place,
+    base_folder: Path,
+    data: Path,
+    top: int = 5,
+    mixed: bool = False,
+    progress: Progress = lambda text: None,
+) -> Result:
     """The entries that a text is like; the text stays here.
 
     Args:
@@ -134,6 +141,7 @@ def search(place: Place, base_folder: Path, data: Path, top: int = 5, mixed: boo
     """
     with _stocked(place) as library:
         base = load_base(base_folder)
+        progress("reading the text")
         states = library.yardstick.measure(base, _stream(base, data))
         index = index_of(library.specifications(), library.yardstick.gamma)
         best = nearest(index, states, top)
@@ -260,7 +268,9 @@ class Routing:
             raise RecipeError("--temperature has no effect by evidence", "it is Arrow's: add --by arrow")
 
 
-def route(place: Place, base_folder: Path, data: Path, routing: Routing) -> Result:
+def route(
+    place: Place, base_folder: Path, data: Path, routing: Routing, progress: Progress = lambda text: None
+) -> Result:
     """The loss on a text with every token routed through a library's adapters, beside the base's.
 
     Raises:
@@ -272,12 +282,15 @@ def route(place: Place, base_folder: Path, data: Path, routing: Routing) -> Resu
     stream = _stream(base, data)
     with _stocked(place) as library:
         index = index_of(library.specifications(), library.yardstick.gamma)
+        progress("reading the text")
         states = library.yardstick.measure(base, stream)
         matches = nearest(index, states, routing.among or len(index.names))
         adapters = _adapters(library, [match.name for match in matches])
         size = base.model.config.vocab_size
         profiles = {name: profile_of(library, name, size) for name in adapters} if routing.by == "evidence" else {}
+    progress(f"measuring {len(stream)} tokens without the adapters")
     alone = loss_on(base.model, stream, _SEQUENCE)
+    progress(f"measuring {len(stream)} tokens with them")
     loss, shares = _routed(base, adapters, profiles, stream, routing)
     return {
         "library": library.storage.place,
