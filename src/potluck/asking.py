@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import operator
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -153,8 +154,11 @@ def words_contribution(recipe: Recipe, fields: Mapping[str, Any]) -> Contributio
     return Contribution(kind="words", revision=int(fields["revision"]), header={"words": len(words)}, tensors=tensors)
 
 
-def words_of(contribution: Contribution) -> Counter[str]:
+def words_of(contribution: Contribution, most_bytes: int | None = None) -> Counter[str]:
     """The counts in a contribution of unknown origin.
+
+    Args:
+        most_bytes: A participant trains on no more text than that.
 
     Raises:
         TrainingError: They are none.
@@ -171,4 +175,13 @@ def words_of(contribution: Contribution) -> Counter[str]:
         raise TrainingError("not a count of words: words and counts do not match")
     if not all(isinstance(word, str) and word for word in listed) or sum(numbers) > 10**12:
         raise TrainingError("not a count of words: what is counted is not text")
+    try:
+        sizes = [len(word.encode()) for word in listed]
+    except UnicodeEncodeError:
+        raise TrainingError("not a count of words: what is counted is not text") from None
+    if len(set(listed)) < len(listed):
+        raise TrainingError("not a count of words: a word is counted twice")
+    size = sum(map(operator.mul, sizes, numbers))
+    if most_bytes is not None and size > most_bytes:
+        raise TrainingError(f"words of {size} bytes in all; data.train_bytes is {most_bytes}")
     return Counter(dict(zip(listed, numbers, strict=True)))

@@ -22,8 +22,16 @@ from potluck.compose.decoding.gates import save_deferral
 from potluck.compose.decoding.models import Here, NextToken
 from potluck.compose.decoding.opened import Choice, opened, rule_of
 from potluck.corpus.tokenizer import Vocabulary, load_vocabulary, save_vocabulary
-from potluck.embedded import Workplace, embedded_run, environment, identity, prepare
-from potluck.errors import CheckpointError, Interrupted, MissingExtra, RecipeError, RunFolderError, StorageError
+from potluck.embedded import Workplace, embedded_run, environment, held_out_of, identity, prepare
+from potluck.errors import (
+    CheckpointError,
+    CorpusError,
+    Interrupted,
+    MissingExtra,
+    RecipeError,
+    RunFolderError,
+    StorageError,
+)
 from potluck.files import storing, write_text
 from potluck.local.evaluate import negative_log_likelihood
 from potluck.local.generate import generate as continue_text
@@ -41,7 +49,7 @@ from potluck.records.folder import POOLED, Variant, create_run, locked, open_run
 from potluck.records.live import view
 from potluck.records.report import write_report
 from potluck.rounds.evaluation import held_out, union_of
-from potluck.run import check_identity, finished, history, newest_checkpoint
+from potluck.run import best_round, check_identity, finished, history, newest_checkpoint
 from potluck.stopping import Stopping
 
 Result = dict[str, Any]
@@ -59,6 +67,8 @@ def train(recipe_path: Path, settings: Sequence[str], console: Console) -> Resul
 def compare(recipe_path: Path, settings: Sequence[str], console: Console, pooled: bool) -> Result:
     """Train together, each alone, and pooled; compare."""
     recipe = _checked_recipe(recipe_path, settings, console)
+    if not recipe.data.validation_fraction:
+        raise RecipeError("data.validation_fraction is 0: there is no held-out text to compare on")
     if POOLED in recipe.participant_names:
         raise RecipeError(f"participants: {POOLED!r} is the name of the pooled run", "rename that participant")
     folder = run_folder(recipe)
@@ -284,9 +294,9 @@ def _restore(folder: Path, number: int | None, best: bool) -> _Restored:
         raise RecipeError("--best and --round both choose a checkpoint: give one of them")
     checkpoint = load_checkpoint(folder / "checkpoints", number, only="shared")
     if best and checkpoint.facts["best"] is None:
-        raise CheckpointError(f"{folder}: no evaluation was complete, so no checkpoint is the best")
-    if best and checkpoint.facts["best"][1] != checkpoint.round:
-        checkpoint = load_checkpoint(folder / "checkpoints", int(checkpoint.facts["best"][1]), only="shared")
+        raise CheckpointError(f"{folder}: nobody evaluated, so no checkpoint is the best")
+    if best and best_round(checkpoint.facts) != checkpoint.round:
+        checkpoint = load_checkpoint(folder / "checkpoints", best_round(checkpoint.facts), only="shared")
     if checkpoint.facts["tokenizer"] != vocabulary.content_hash:
         raise CheckpointError(f"{folder}/tokenizer: not the tokenizer this checkpoint was trained with")
     model = build_model(recipe.model, vocabulary.size, vocabulary.end_of_text, recipe.seed)
@@ -306,10 +316,14 @@ def _single_run(folder: Path) -> Path:
 def _held_out(workplace: Workplace) -> Result:
     results = {}
     for name, holding in workplace.corpus.holdings.items():
+        if held_out_of(holding) is None:
+            continue
         stream, size = holding.validation.tokens, holding.validation.text_bytes
         nats, tokens = negative_log_likelihood(workplace.network, stream, workplace.recipe.local.sequence_length)
         results[name] = held_out(nats, tokens, size)
-    return {"participants": results, "union": union_of(results)}
+    if not results:
+        raise CorpusError("no participant holds out any text: there is nothing to evaluate on")
+    return {"participants": results, "union": {**union_of(results), "of": list(results)}}
 
 
 def _export(folder: Path, to: Path, number: int | None, best: bool) -> Path:

@@ -102,6 +102,14 @@ class Packed:
         return sum(part.nbytes for part in self.parts)
 
 
+@dataclass(frozen=True)
+class HeldOutText:
+    """How much text a participant holds out: tokens that are predicted in it, and its UTF-8 bytes."""
+
+    tokens: int
+    bytes: int
+
+
 @dataclass(frozen=True, kw_only=True)
 class ParticipantInfo:
     """What the roster says of one participant.
@@ -110,11 +118,13 @@ class ParticipantInfo:
         evaluates: It has held-out text to evaluate on.
         holds: Tokens of training text that it said it holds when it first joined; they weigh its contributions where
             ``rounds.weights`` is ``data``.
+        held_out: How much held-out text it said it has.
     """
 
     name: ParticipantId
     evaluates: bool = True
     holds: int = 0
+    held_out: HeldOutText | None = None
 
 
 class Shelf:

@@ -24,7 +24,7 @@ from potluck.recipe import Recipe
 from potluck.recipe.editing import Editing
 from potluck.records.events import EventLog
 from potluck.rounds.evaluation import measure_shared
-from potluck.rounds.receiving import Window, in_order
+from potluck.rounds.receiving import Window, in_a_line, in_order
 from potluck.rounds.state import SharedState
 
 Facts = dict[str, Any]
@@ -54,11 +54,11 @@ class EditRounds:
             return False
         return revision == last or bool(editing.every and revision and revision % editing.every == 0)
 
-    def edit(self, engine: Engine, shared: SharedState, log: EventLog) -> float | None:
+    def edit(self, engine: Engine, shared: SharedState, log: EventLog) -> Facts:
         """Edit the shared state, and write the ``edit`` event.
 
         Returns:
-            Bits per byte of the union, as `potluck.rounds.evaluation.evaluate_shared`.
+            The evaluation of what came of it, as `potluck.rounds.evaluation.evaluate_shared`.
 
         Raises:
             EditError: It cannot be edited; it is as it was.
@@ -96,7 +96,7 @@ class EditRounds:
         self.done, found = shared.revision, before if reason else after
         if not reason:
             log.write("evaluation", **after)
-        return None if found["union"] is None else float(found["union"]["bits_per_byte"])
+        return found
 
     def saved(self) -> tuple[Facts, dict[str, Tensor]]:
         """What goes into a checkpoint."""
@@ -138,7 +138,7 @@ class _Post:
             if reply.contribution is None:
                 engine.cancel(reply.task)
                 self.shared.downloads.forget(reply.participant)
-            yield reply.participant, reply.contribution or reply.reason[:1000] or reply.status
+            yield reply.participant, reply.contribution or in_a_line(reply.reason) or reply.status
 
     def _task(self, kind: str, name: str, about: Header, digest: str, changed: Mapping[str, Tensor]) -> Task:
         shared, tensors = self.shared, dict[str, Tensor]()

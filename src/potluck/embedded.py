@@ -15,9 +15,9 @@ import transformers
 from torch import Tensor
 
 from potluck.comparison import asked_in
-from potluck.contribution import ParticipantInfo
+from potluck.contribution import HeldOutText, ParticipantInfo
 from potluck.corpus.batches import Batches, Seat, documents_drawn
-from potluck.corpus.shards import Corpus, Holding, build_corpus
+from potluck.corpus.shards import Corpus, Holding, Shard, build_corpus
 from potluck.corpus.tokenizer import Vocabulary
 from potluck.edit.layout import layout_of
 from potluck.edit.together.claims import read_secret
@@ -88,7 +88,7 @@ class Embedded:
         profiles = {p.name: p.profile for p in self.recipe.participants if p.profile is not None}
         everybody = self.participants.items()
         return InProcess(
-            [ParticipantInfo(name=n, evaluates=p.validation is not None, holds=self._holds(n)) for n, p in everybody],
+            [_info(name, who.validation, self._holds(name)) for name, who in everybody],
             lambda name, task: self.participants[name].perform(task),
             wire_bytes,
             profiles if self.variant.kind == "together" else None,
@@ -222,6 +222,16 @@ def identity(workplace: Workplace) -> Facts:
     }
 
 
+def held_out_of(holding: Holding) -> Shard | None:
+    """A participant's held-out text, if it has any."""
+    return holding.validation if holding.validation.documents else None
+
+
+def _info(name: str, validation: Shard | None, holds: int) -> ParticipantInfo:
+    held = None if validation is None else HeldOutText(len(validation.tokens) - 1, validation.text_bytes)
+    return ParticipantInfo(name=name, evaluates=held is not None, holds=holds, held_out=held)
+
+
 def holding_facts(holding: Holding) -> dict[str, Any]:
     """How much one participant holds, and the hash of its tokens."""
     facts: dict[str, Any] = {"name": holding.name, "content_hash": holding.content_hash}
@@ -255,7 +265,7 @@ def _participants(
             network,
             optimizer,
             (batches[name],),
-            holding.validation,
+            held_out_of(holding),
             new_state(network, optimizer, recipe, fragments) if name in variant.trainers else replace(idle),
             fragments,
             editor=site_in(

@@ -39,14 +39,15 @@ from potluck.models.build import build_model
 from potluck.recipe import Recipe
 from potluck.recipe.engine import Nats
 from potluck.recipe.schema import Bpe
+from potluck.recipe.sources import Data
 from potluck.records.checkpoint import Checkpoint
 from potluck.records.journal import Journal
+from potluck.rounds.figures import MOST
 from potluck.run import Facts, Parts
 from potluck.traffic import Messages
 from potluck.updates.fragments import Fragment
 
 LOOK_SECONDS = 0.2
-_MOST_HELD = 1 << 53  # of what a participant says it holds; more is no amount of text
 _HEADROOM = 1 << 16  # bytes of a message beside its tensors
 
 
@@ -135,7 +136,7 @@ def gather(
     engine.max_reply_bytes = max(statistics, *map(messages.update, range(len(fragments)))) + _HEADROOM
     say_about(post, recipe, vocabulary, network)
     holdings = folder / "host" / "holdings.json"
-    members.unfit = _fitness(holdings, vocabulary, layout_hash(network))
+    members.unfit = _fitness(holdings, vocabulary, layout_hash(network), recipe.data)
     members.holds = lambda name: _read_holdings(holdings).get(name, {}).get("train_tokens", 0)
     hosted = Hosted(
         engine,
@@ -225,7 +226,12 @@ def _words(recipe: Recipe, engine: NatsEngine, stop: Callable[[], bool]) -> Coun
         name = sent.pop(reply.task)
         if reply.contribution is None:
             raise TrainingError(f"{name} did not count its words: {reply.reason}")
-        total.update(words_of(reply.contribution))
+        try:
+            total.update(words_of(reply.contribution, recipe.data.train_bytes))
+        except TrainingError as error:
+            engine.refused(name, f"{error}; the tokenizer is trained without its words")
+    if not total:
+        raise TrainingError("nobody's count of words could be used")
     return total
 
 
@@ -245,7 +251,9 @@ def _wait(engine: NatsEngine, count: int, journal: Journal, stop: Callable[[], b
         engine.receive(LOOK_SECONDS)
 
 
-def _fitness(path: Path, vocabulary: Vocabulary, layout: str) -> Callable[[ParticipantId, Mapping[str, Any]], str]:
+def _fitness(
+    path: Path, vocabulary: Vocabulary, layout: str, data: Data
+) -> Callable[[ParticipantId, Mapping[str, Any]], str]:
     """What makes a participant unfit: another vocabulary or model, or other text than it first joined with."""
     known = _read_holdings(path)
 
@@ -255,18 +263,28 @@ def _fitness(path: Path, vocabulary: Vocabulary, layout: str) -> Callable[[Parti
             return ""
         if said.get("vocabulary") != vocabulary.content_hash or said.get("model") != layout:
             return "has another vocabulary or model"
+        said_holding, reason = _clean_holding(name, holding, data)
+        if said_holding is None:
+            return reason
         if name not in known:
-            known[name] = _clean_holding(name, holding)
+            known[name] = said_holding
             path.write_text(json.dumps(known))
-        return "" if known[name]["content_hash"] == holding.get("content_hash") else "came back with other text"
+        return "" if known[name] == said_holding else "came back with other text"
 
     return unfit
 
 
-def _clean_holding(name: str, holding: Mapping[str, Any]) -> dict[str, Any]:
+def _clean_holding(name: str, holding: Mapping[str, Any], data: Data) -> tuple[dict[str, Any] | None, str]:
+    """What a participant says it holds, or why that cannot be."""
     sizes = [f"{side}_{what}" for side in ("train", "validation") for what in ("tokens", "bytes", "documents")]
-    numbers = {key: n if type(n := holding.get(key)) is int and 0 <= n < _MOST_HELD else 0 for key in sizes}
-    return {"name": name, "content_hash": str(holding.get("content_hash"))[:64], **numbers}
+    numbers = {key: holding.get(key) for key in sizes}
+    digest = holding.get("content_hash")
+    if not isinstance(digest, str) or any(type(n) is not int or not 0 <= n < MOST for n in numbers.values()):
+        return None, "says of its text what cannot be"
+    for side, cap in (("train", data.train_bytes), ("validation", data.validation_bytes)):
+        if cap is not None and numbers[f"{side}_bytes"] > cap:  # type: ignore[operator]
+            return None, f"holds {numbers[f'{side}_bytes']} bytes, data.{side}_bytes is {cap}"
+    return {"name": name, "content_hash": digest[:64], **numbers}, ""
 
 
 def _read_holdings(path: Path) -> dict[str, dict[str, Any]]:

@@ -33,7 +33,7 @@ from potluck.contribution import Contribution
 from potluck.corpus.shards import Corpus, Holding, build_corpus
 from potluck.corpus.tokenizer import Vocabulary, vocabulary_of
 from potluck.edit.together.claims import read_secret
-from potluck.embedded import batches_of, environment, fragments_in, holding_facts, site_in
+from potluck.embedded import batches_of, environment, fragments_in, held_out_of, holding_facts, site_in
 from potluck.engine.nats.coordinator import Post
 from potluck.engine.nats.site import Received, Site, read_about
 from potluck.errors import AlreadyServed, EngineError, Interrupted, ModelError, PolicyError, PotluckError, TrainingError
@@ -205,12 +205,12 @@ def _prepare(joined: Joined, vocabulary: Vocabulary) -> tuple[Participant, Local
     secret = None if joined.edit_secret is None else read_secret(joined.edit_secret)
     editor = site_in(network, recipe, name, vocabulary, holding.train.tokens, joined.edits, secret)
     participant = Participant(
-        name, recipe, network, optimizer, batches, holding.validation, state, fragments, predictor, editor
+        name, recipe, network, optimizer, batches, held_out_of(holding), state, fragments, predictor, editor
     )
     state.shared = store.shared()
     joined.site.say(
         holding=holding_facts(holding),
-        evaluates=True,
+        evaluates=held_out_of(holding) is not None,
         vocabulary=vocabulary.content_hash,
         model=layout_hash(network),
         environment=environment(network),

@@ -280,6 +280,8 @@ def _warnings(recipe: Recipe, epochs: float | None) -> Iterator[str]:
             "local.adaptive_batch: the batch grows, so tokens, passes and memory are lower bounds; lone and pooled "
             "runs of a comparison choose their own"
         )
+    if not recipe.data.validation_fraction:
+        yield "data.validation_fraction is 0: no text is held out, nothing is evaluated, no checkpoint is the best"
     if recipe.data.split is not None and recipe.data.split.participants == 1:
         yield "data.split with one participant divides nothing"
     if POOLED in names:

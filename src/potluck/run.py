@@ -15,22 +15,26 @@ from torch import Tensor
 
 import potluck
 from potluck.aggregation.mean import WeightedMean
+from potluck.contribution import HeldOutText
 from potluck.edit.together.maps import Maps
 from potluck.edit_rounds import EditRounds
+from potluck.engine.inprocess import InProcess
 from potluck.engine.protocol import Engine
-from potluck.errors import CheckpointError, EditError
+from potluck.errors import CheckpointError, EditError, TrainingError
 from potluck.recipe import Recipe, recipe_hash
 from potluck.records.checkpoint import (
     Checkpoint,
+    attempts,
     list_checkpoints,
     load_checkpoint,
+    note_attempt,
     prune_checkpoints,
     save_checkpoint,
     step_back,
 )
 from potluck.records.events import SCHEMA, Event, EventLog, Listener, read_events
 from potluck.records.folder import Variant
-from potluck.rounds.evaluation import evaluate_shared
+from potluck.rounds.evaluation import better, evaluate_shared
 from potluck.rounds.state import begin
 from potluck.rounds.sync import run_rounds
 from potluck.rounds.under_way import restore as restore_under_way
@@ -90,8 +94,11 @@ class Run:
     ) -> None:
         self.recipe, self.folder, self.variant, self.side = recipe, folder, variant, side
         self.shared, self.engine = begin(recipe, initial.clone(), fragments), side.engine()
+        self._checkpoints = folder / "checkpoints"
+        if isinstance(self.engine, InProcess):
+            self.engine.attempts = attempts(self._checkpoints)
         self.edits = EditRounds(recipe, side.maps())
-        self.best: tuple[float, int] | None = None
+        self.best: Facts | None = None  # the best evaluation
         self.continued = checkpoint is not None
         self._began, self._earlier_seconds = time.monotonic(), 0.0
         if checkpoint is not None:
@@ -104,7 +111,6 @@ class Run:
             step_back(folder / "checkpoints", checkpoint.round)
         position = checkpoint.facts["events_position"] if checkpoint else 0
         self.log = EventLog(folder / "events.jsonl", position, listeners)
-        self._checkpoints = folder / "checkpoints"
 
     def finish(self, stop_requested: Callable[[], bool]) -> None:
         """Run the rounds that are left; the errors are those of ``run_rounds``, and `StorageError`."""
@@ -114,13 +120,13 @@ class Run:
                 self.log.write("run_resumed", round=self.shared.revision)
             else:
                 self.log.write("run_started", **self._description())
-                score = evaluate_shared(engine, self.shared, self.log, self.recipe.deadline)
-                self.save(self._amend(engine, score)[1])
+                found = evaluate_shared(engine, self.shared, self.log, self.recipe.deadline)
+                self.save(self._amend(engine, found)[1])
             if self.continued and self.edits.due(self.shared.revision):  # what stood in its way may be mended
                 self.save(self._amend(engine, None)[1])
             mean = WeightedMean(self.shared.theta.numel())
             trainers = self.variant.trainers
-            amend = lambda score: self._amend(engine, score)  # noqa: E731
+            amend = lambda found: self._amend(engine, found)  # noqa: E731
             run_rounds(self.recipe, trainers, engine, mean, self.shared, self.log, self.save, stop_requested, amend)
             self.log.write(
                 "run_finished",
@@ -129,28 +135,32 @@ class Run:
                 state_hash=self.shared.digest,
                 seconds=self._seconds(),
             )
+        except TrainingError:
+            if isinstance(engine, InProcess) and engine.simulated:  # who is there is drawn anew the next time
+                note_attempt(self._checkpoints, self.shared.revision)
+            raise
         finally:
             self.log.close()
 
-    def _amend(self, engine: Engine, score: float | None) -> tuple[bool, float | None]:
+    def _amend(self, engine: Engine, found: Facts | None) -> tuple[bool, Facts | None]:
         """Edit the shared state if its time has come; what it was is saved if that fails."""
         if not self.edits.due(self.shared.revision):
-            return False, score
+            return False, found
         try:
             return True, self.edits.edit(engine, self.shared, self.log)
         except EditError:
-            self.save(score)
+            self.save(found)
             raise
 
     def _seconds(self) -> float:
         """Wall time of this run, that of its earlier sessions up to their last checkpoint included."""
         return self._earlier_seconds + time.monotonic() - self._began
 
-    def save(self, score: float | None) -> None:
-        """Checkpoint everything; ``score`` is the union's held-out bits per byte, if just measured."""
+    def save(self, found: Facts | None) -> None:
+        """Checkpoint everything; ``found`` is the evaluation, if there was just one."""
         number, digest = self.shared.revision, self.shared.digest
-        if score is not None and (self.best is None or score < self.best[0]):
-            self.best = (score, number)
+        if found is not None and found["union"] and (self.best is None or better(found, self.best)):
+            self.best = {key: found[key] for key in ("round", "participants")}
         self.log.write("checkpoint", round=number, state_hash=digest)
         participants, parts = self.side.saved()
         editing, past = self.edits.saved()
@@ -162,6 +172,7 @@ class Run:
             "state_hash": digest,
             "total_tokens": self.shared.total_tokens,
             "lost": sorted(self.shared.lost),
+            "measured": {name: [text.tokens, text.bytes] for name, text in self.shared.measured.items()},
             "events_position": self.log.sync(),
             "best": self.best,
             "seconds": self._seconds(),
@@ -172,7 +183,7 @@ class Run:
         shared: Parts = {"shared": {"theta": self.shared.theta}, "outer": self._coordinator_tensors()}
         more = {name: part for name, part in (("past", past), ("under-way", under_way)) if part}
         save_checkpoint(self._checkpoints, number, facts, {**shared, **more, **parts})
-        keep_best = self.best[1] if self.best is not None and self.recipe.records.keep_best else None
+        keep_best = self.best["round"] if self.best is not None and self.recipe.records.keep_best else None
         prune_checkpoints(self._checkpoints, self.recipe.records.keep_last, keep_best)
 
     def _restore(self, checkpoint: Checkpoint) -> None:
@@ -188,7 +199,8 @@ class Run:
             vector.copy_(parts["outer"][name])
         self.shared.revision, self.shared.total_tokens = checkpoint.round, facts["total_tokens"]
         self.shared.lost = set(facts["lost"])
-        self.best = tuple(facts["best"]) if facts["best"] else None
+        self.shared.measured = {name: HeldOutText(*sizes) for name, sizes in facts.get("measured", {}).items()}
+        self.best = facts["best"] if isinstance(facts["best"], dict) else None
         self._earlier_seconds = facts["seconds"]
         if "editing" in facts:
             self.edits.restore(facts["editing"], parts.get("past", {}))
@@ -219,6 +231,12 @@ class Run:
             "tokens_per_step": recipe.tokens_per_step,
             **self.side.description(),
         }
+
+
+def best_round(facts: Facts) -> int:
+    """The round of the best evaluation that a checkpoint's facts tell of; version 0.1 told a score and a round."""
+    best = facts["best"]
+    return int(best["round"] if isinstance(best, dict) else best[1])
 
 
 def newest_checkpoint(folder: Path, number: int | None = None) -> Checkpoint | None:

@@ -74,8 +74,10 @@ def exchanges(recipe: Recipe, shapes: Shapes) -> Iterator[Exchange]:
         held.update(dict.fromkeys(names, revision))
         return sizes
 
+    evaluates = bool(recipe.data.validation_fraction)
     asked = asked_by_round(everybody, recipe.asked_per_round, recipe.rounds.sampling, recipe.seed)
-    yield Exchange(0, everybody, tasks("evaluate", everybody, 0), messages.answer)
+    if evaluates:
+        yield Exchange(0, everybody, tasks("evaluate", everybody, 0), messages.answer)
     for revision, chosen in enumerate(islice(asked, recipe.rounds.count)):
         names = tuple(chosen)
         steps, overlap = recipe.steps_of_round(revision + 1)
@@ -83,7 +85,7 @@ def exchanges(recipe: Recipe, shapes: Shapes) -> Iterator[Exchange]:
             revision, names, tasks(_kind(recipe), names, revision), messages.update(revision), steps, overlap
         )
         done = revision + 1
-        if done == recipe.rounds.count or done % recipe.rounds.evaluate_every == 0:
+        if evaluates and (done == recipe.rounds.count or done % recipe.rounds.evaluate_every == 0):
             yield Exchange(done, everybody, tasks("evaluate", everybody, done), messages.answer)
 
 

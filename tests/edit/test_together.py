@@ -221,7 +221,8 @@ def test_revocation_is_a_subtraction() -> None:
     layer, base = 1, state_hash(THETA)
     about: Header = {"layers": "1", "left_out": "", "share": 1, "phase": "all"}
     sent = [
-        received(p.name, p.answer("edit", about, THETA, wire), edit_shapes(MAPS, [layer]), base, wire) for p in parties
+        received(p.name, p.answer("edit", about, THETA, wire), edit_shapes(MAPS, [layer]), base, wire, 1000)
+        for p in parties
     ]
     total, never = SummedStatistics("edit", base), SummedStatistics("edit", base)
     for part in sent:

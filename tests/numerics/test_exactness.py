@@ -129,7 +129,7 @@ def test_the_mean_refuses_what_it_cannot_weigh(vector, weight) -> None:
 
 
 def test_fedavg_by_hand(make_recipe, make_world) -> None:
-    recipe = make_recipe(3, rounds={"count": 1, "local_steps": 1})
+    recipe = make_recipe(3, rounds={"count": 1, "local_steps": 1}, local={"sequence_length": 70})
     reached, counts = normal(1, 3, 1000), [5, 70, 1]
 
     def perform(name, task):

@@ -33,7 +33,8 @@ def update(name, task):
 
 
 def world_of(make_recipe, make_world, **rounds):
-    recipe = make_recipe(4, rounds={"count": 1, "local_steps": 1, **rounds})
+    large = {"batch_size": 8, "sequence_length": 350}  # what COUNTS say fits in a step of it
+    recipe = make_recipe(4, rounds={"count": 1, "local_steps": 1, **rounds}, local=large)
     return make_world(recipe, torch.zeros(SIZE))
 
 

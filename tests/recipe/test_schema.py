@@ -175,7 +175,7 @@ def test_an_alternative_without_its_kind_asks_for_it(tables: Tables, where: str)
     ("where", "value"),
     [
         ("seed", -1), ("seed", 2**32), ("rounds.count", -1), ("rounds.count", 1.5), ("rounds.fraction", 0.0),
-        ("rounds.fraction", 1.1), ("data.validation_fraction", 0.0), ("data.validation_fraction", 1.0),
+        ("rounds.fraction", 1.1), ("data.validation_fraction", -0.1), ("data.validation_fraction", 1.0),
         ("local.batch_size", 0), ("local.sequence_length", 1), ("local.clip_norm", -1.0), ("outer.learning_rate", 0.0),
         ("outer.learning_rate", float("inf")), ("outer.learning_rate", float("nan")), ("local.proximal", float("inf")),
         ("records.keep_last", 0), ("records.checkpoint_every", 0), ("compute.threads", -1), ("model.layers", 0),

@@ -88,7 +88,7 @@ def build_corpus(recipe: Recipe, progress: Progress = silent, vocabulary: Vocabu
         vocabulary: If it is known already; else the one that the recipe asks for.
 
     Raises:
-        CorpusError: A source is missing or empty, or a participant has too little text.
+        CorpusError: A source is missing or empty, or a participant has too little text to train on.
         ModelError: The tokenizer folder is missing or broken.
         StorageError: The disk is full or cannot be written.
     """
@@ -102,16 +102,16 @@ def build_corpus(recipe: Recipe, progress: Progress = silent, vocabulary: Vocabu
         progress(f"tokenising the text of {len(missing)} participants")
         _build(recipe, vocabulary, missing)
     manifests = {name: _manifest(folder) or {} for name, folder in folders.items()}
-    _check_enough(recipe, manifests)
+    _check_enough(recipe, manifests, progress)
     _allow_open_files(2 * len(folders))
     return Corpus(vocabulary, {name: _open(name, folders[name], manifest) for name, manifest in manifests.items()})
 
 
-def _check_enough(recipe: Recipe, manifests: Mapping[str, dict[str, Any]]) -> None:
-    """Everyone needs one batch of training tokens and a held-out document."""
+def _check_enough(recipe: Recipe, manifests: Mapping[str, dict[str, Any]], progress: Progress) -> None:
+    """Everyone needs one batch of training tokens; whoever holds nothing out trains, and is not evaluated."""
     need = recipe.tokens_per_step + 1
     for name, manifest in manifests.items():
-        tokens, held_out = manifest["train"]["tokens"], manifest["validation"]["documents"]
+        tokens = manifest["train"]["tokens"]
         if tokens < need:
             raise CorpusError(
                 f"participant {name}: has {tokens:,} training tokens in {manifest['train']['documents']:,} documents "
@@ -119,10 +119,10 @@ def _check_enough(recipe: Recipe, manifests: Mapping[str, dict[str, Any]]) -> No
                 f"of {recipe.local.sequence_length} tokens, and the last target)",
                 "give it more text or documents that fit its caps, or lower local.batch_size or local.sequence_length",
             )
-        if not held_out:
-            raise CorpusError(
-                f"participant {name}: none of its documents is held out for validation",
-                "raise data.validation_fraction or data.validation_bytes, add text, or cut long documents into several",
+        if not manifest["validation"]["documents"] and recipe.data.validation_fraction:
+            progress(
+                f"{name}: none of its documents is held out, so it trains and is not evaluated; raise "
+                "data.validation_fraction or data.validation_bytes, or cut long documents into several"
             )
 
 
@@ -157,7 +157,8 @@ def _allow_open_files(count: int) -> None:
 def _open(name: str, folder: Path, manifest: dict[str, Any]) -> Holding:
     def shard(side: Side) -> Shard:
         about = manifest[side]
-        tokens = np.memmap(folder / f"{side}.bin", np.dtype(manifest["dtype"]), "r")
+        dtype = np.dtype(manifest["dtype"])
+        tokens = np.memmap(folder / f"{side}.bin", dtype, "r") if about["tokens"] else np.empty(0, dtype)
         return Shard(np.asarray(tokens), about["documents"], about["text_bytes"], folder / f"{side}.jsonl")
 
     return Holding(name, shard("train"), shard("validation"), manifest["content_hash"])

@@ -76,6 +76,9 @@ class InProcess:
         wire_bytes: Size of a message as serialised. Messages themselves are handed over, not copied.
         profiles: A simulated device for each participant, or none.
         seed: Of the draws of availability.
+
+    Attributes:
+        attempts: How often rounds from a revision have failed: who is there is drawn anew each time.
     """
 
     remote = False
@@ -97,7 +100,13 @@ class InProcess:
         self._sent = 0
         self._busy_until: dict[ParticipantId, float] = {}
         self._virtual_now = 0.0
+        self.attempts: dict[int, int] = {}
         self._began = time.monotonic()
+
+    @property
+    def simulated(self) -> bool:
+        """Whether time is virtual, and participants may be away."""
+        return bool(self._profiles)
 
     def roster(self) -> Mapping[ParticipantId, ParticipantInfo]:
         """Who takes part, in the order in which contributions are summed."""
@@ -207,9 +216,11 @@ class InProcess:
         return self._virtual_now + _transfer(reply.up_bytes, profile.uplink, profile.latency)
 
     def _available(self, to: ParticipantId, task: Task) -> bool:
-        """Drawn from seed, participant and revision, so that a resumed run draws the same."""
+        """Drawn from seed, participant, revision and attempt, so that a resumed run draws the same."""
         assert self._profiles is not None
         key = f"{self._seed}/{to}/{task.kind}/{task.revision}"
+        if attempt := self.attempts.get(task.revision, 0):
+            key += f"/{attempt}"
         draw = int.from_bytes(hashlib.sha256(key.encode()).digest()[:8], "big") / 2**64
         return draw < self._profiles[to].availability
 

@@ -109,7 +109,7 @@ class Data(Table):
     source: Source | None = setting(None, "One source, to be split; leave out with named participants.")
     split: Split | None = setting(None, "How `source` is divided.")
     validation_fraction: float = setting(
-        0.1, "Share of the documents held out, chosen by their hash.", unit="fraction", gt=0, lt=1
+        0.1, "Share of the documents held out, chosen by their hash; 0 evaluates nothing.", unit="fraction", ge=0, lt=1
     )
     train_bytes: int | None = setting(
         None, "At most so much training text per participant; all of it if left out.", unit="bytes", ge=1

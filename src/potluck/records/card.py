@@ -89,13 +89,14 @@ def _held_out(record: RunRecord) -> str:
     last = record.evaluations[-1]
     rows = [(name, *_measures(value)) for name, value in last.participants.items()]
     if last.union:
-        rows.append(("**all**", *_measures(last.union)))
+        rows.append(("**all of these**" if last.missing else "**all**", *_measures(last.union)))
     known = record.union_curve
     line = ""
     if len(known) > 1:
         line = f"\n\nOver the run: `{_sparkline(known)}` from {known[0]:.3f} to {known[-1]:.3f} bits per byte."
     table = _table(("held-out text of", "bytes", "bits per byte"), rows)
-    return f"## Held-out text\n\nAfter round {last.round}; lower is better.\n\n{table}{line}"
+    without = f" Not measured: {', '.join(map(one_line, last.missing))}." if last.missing else ""
+    return f"## Held-out text\n\nAfter round {last.round}; lower is better.{without}\n\n{table}{line}"
 
 
 def _measures(value: HeldOut) -> tuple[str, str]:

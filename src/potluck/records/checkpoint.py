@@ -21,7 +21,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from potluck.errors import CheckpointError, StorageError
-from potluck.files import storing
+from potluck.files import storing, write_text
 
 FORMAT = 1
 Parts = Mapping[str, Mapping[str, Tensor]]
@@ -75,6 +75,25 @@ def save_checkpoint(folder: Path, number: int, facts: Mapping[str, Any], parts: 
         raise StorageError(
             f"{final}: the checkpoint cannot be written ({error})", "free some space and resume from the last one"
         ) from None
+
+
+def note_attempt(folder: Path, revision: int) -> None:
+    """Note beside the checkpoints that the round from a revision has failed once more.
+
+    Raises:
+        StorageError: It cannot be written.
+    """
+    found = attempts(folder)
+    found[revision] = found.get(revision, 0) + 1
+    write_text(folder / "attempts.json", json.dumps({str(number): count for number, count in found.items()}))
+
+
+def attempts(folder: Path) -> dict[int, int]:
+    """How often the rounds from each revision have failed."""
+    try:
+        return {int(number): int(count) for number, count in json.loads((folder / "attempts.json").read_text()).items()}
+    except (OSError, ValueError, AttributeError, TypeError):
+        return {}
 
 
 def load_checkpoint(folder: Path, number: int | None = None, only: str | None = None) -> Checkpoint:

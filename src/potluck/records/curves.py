@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import tomllib
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import MISSING, dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal, TypedDict, TypeVar
@@ -76,8 +77,8 @@ class RoundRecord:
 class EvaluationRecord:
     """Held-out text after a round; round 0 is before training.
 
-    ``tokens`` is what the run had trained on. ``missing`` says why a participant did not answer; ``union`` is
-    ``None`` then.
+    ``tokens`` is what the run had trained on. ``missing`` says why a participant did not answer; ``union`` is over
+    those who did, ``None`` if nobody did.
     """
 
     round: int
@@ -87,6 +88,16 @@ class EvaluationRecord:
     missing: Mapping[str, str] = field(default_factory=dict)
     transfers: Mapping[str, Mapping[str, int]] = field(default_factory=dict)
     seconds: float = 0.0
+
+    def union_over(self, texts: Sequence[str]) -> float | None:
+        """Bits per byte of some participants' texts as one; ``None`` if one of them is missing or not finite."""
+        if self.union is not None and set(texts) == set(self.participants):
+            return self.union.bits_per_byte
+        found = [self.participants[name] for name in texts if name in self.participants]
+        if len(texts) == 1:
+            return found[0].bits_per_byte if found else None
+        nats, size = [item.nats for item in found if item.nats is not None], sum(item.bytes for item in found)
+        return sum(nats) / (math.log(2) * size) if size and len(nats) == len(texts) else None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -133,9 +144,14 @@ class RunRecord:
 
     @property
     def union_curve(self) -> list[float]:
-        """Bits per byte of the union at every evaluation that was complete and finite."""
-        values = [item.union.bits_per_byte for item in self.evaluations if item.union]
-        return [value for value in values if value is not None]
+        """Bits per byte of the union, always over the texts of the last evaluation."""
+        return [value for _, value in self.union_points if value is not None]
+
+    @property
+    def union_points(self) -> list[tuple[int, float | None]]:
+        """Tokens so far and bits per byte of the union; ``None`` where a text of the last evaluation is missing."""
+        texts = list(self.evaluations[-1].participants) if self.evaluations else []
+        return [(item.tokens, item.union_over(texts)) for item in self.evaluations]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -161,14 +177,15 @@ class SummaryRow(TypedDict):
 class Summary(TypedDict):
     """What a comparison shows, as plain data for ``comparison.json``.
 
-    ``better_together`` of ``compared`` participants have a lower value together than alone on their own
-    text. ``gain`` is best alone minus together on the union, ``behind_pooled`` together minus pooled, both in
-    bits per byte.
+    ``union`` is over the held-out text of ``union_of``: those who evaluated every run. ``better_together`` of
+    ``compared`` participants have a lower value together than alone on their own text. ``gain`` is best alone minus
+    together on the union, ``behind_pooled`` together minus pooled, both in bits per byte.
     """
 
     finished: bool
     rows: list[SummaryRow]
     union: SummaryRow
+    union_of: list[str]
     compared: int
     better_together: int
     together_below_best_alone: bool
@@ -233,16 +250,19 @@ def summary_table(comparison: Comparison) -> Summary:
     """Bits per byte of every run's last evaluation, on each participant's held-out text and on the union."""
     together, pooled = comparison.together, comparison.pooled
     names = [participant.name for participant in together.participants]
-    rows = [_summary_row(comparison, name) for name in names]
-    union = _summary_row(comparison, None)
+    rows = [_summary_row(comparison, (name,), name) for name in names]
+    runs = [together, *comparison.alone.values(), *([pooled] if pooled else [])]
+    measured = [set(run.evaluations[-1].participants) for run in runs if run.evaluations]
+    common = tuple(name for name in names if all(name in who for who in measured))
+    union = _summary_row(comparison, common, None)
     pairs = [(row["alone"], row["together"]) for row in rows]
     known = [(alone, shared) for alone, shared in pairs if alone is not None and shared is not None]
     gain = _difference(union["best_alone"], union["together"])
-    runs = [together, *comparison.alone.values(), *([pooled] if pooled else [])]
     return Summary(
         finished=all(run.finished for run in runs),
         rows=rows,
         union=union,
+        union_of=list(common),
         compared=len(known),
         better_together=sum(shared < alone for alone, shared in known),
         together_below_best_alone=gain is not None and gain > 0,
@@ -267,7 +287,7 @@ def comparison_headline(summary: Summary) -> str:
     if union["together"] is not None and union["best_alone"] is not None:
         side = "below" if summary["together_below_best_alone"] else "not below"
         sentences.append(
-            f"On everyone's held-out text it reaches {union['together']:.3f} bits per byte, {side} the "
+            f"On {_whose(summary)} held-out text it reaches {union['together']:.3f} bits per byte, {side} the "
             f"{union['best_alone']:.3f} of the best model trained alone ({union['best_alone_by']})."
         )
     if union["pooled"] is not None and summary["behind_pooled"] is not None:
@@ -281,6 +301,12 @@ def comparison_headline(summary: Summary) -> str:
     return " ".join(sentences)
 
 
+def _whose(summary: Summary) -> str:
+    if len(summary["union_of"]) == len(summary["rows"]):
+        return "everyone's"
+    return f"the {len(summary['union_of'])} of {len(summary['rows'])} participants'"
+
+
 def mean_loss(contributions: Iterable[ContributionRecord]) -> float | None:
     """Training loss in nats per token, the mean over tokens; ``None`` if nobody has one."""
     known = [(item.loss, item.tokens) for item in contributions if item.loss is not None and item.status == "ok"]
@@ -288,26 +314,22 @@ def mean_loss(contributions: Iterable[ContributionRecord]) -> float | None:
     return sum(loss * count for loss, count in known) / tokens if tokens else None
 
 
-def _summary_row(comparison: Comparison, name: str | None) -> SummaryRow:
-    values = {owner: _last_value(run, name) for owner, run in comparison.alone.items()}
+def _summary_row(comparison: Comparison, texts: Sequence[str], name: str | None) -> SummaryRow:
+    values = {owner: _last_value(run, texts) for owner, run in comparison.alone.items()}
     ranked = sorted((value, owner) for owner, value in values.items() if value is not None)
     best, best_by = ranked[0] if ranked else (None, None)
     return SummaryRow(
         text="union" if name is None else name,
         alone=None if name is None else values.get(name),
-        together=_last_value(comparison.together, name),
-        pooled=_last_value(comparison.pooled, name) if comparison.pooled else None,
+        together=_last_value(comparison.together, texts),
+        pooled=_last_value(comparison.pooled, texts) if comparison.pooled else None,
         best_alone=best,
         best_alone_by=best_by,
     )
 
 
-def _last_value(run: RunRecord, name: str | None) -> float | None:
-    if not run.evaluations:
-        return None
-    last = run.evaluations[-1]
-    held_out = last.union if name is None else last.participants.get(name)
-    return held_out.bits_per_byte if held_out else None
+def _last_value(run: RunRecord, texts: Sequence[str]) -> float | None:
+    return run.evaluations[-1].union_over(texts) if run.evaluations else None
 
 
 def _difference(left: float | None, right: float | None) -> float | None:

@@ -56,6 +56,7 @@ class _Standing:
     down_bytes: int = 0
     up_bytes: int = 0
     union: float | None = None
+    union_of: list[str] = field(default_factory=list)
     change: float | None = None
     evaluated: int = -1
     round_seconds: deque[float] = field(default_factory=lambda: deque(maxlen=5))
@@ -114,8 +115,10 @@ class _Standing:
         for name in self.rows.keys() & event["participants"].keys():
             row, value = self.rows[name], event["participants"][name]["bits_per_byte"]
             row.held_out, row.change = value, _difference(value, row.held_out)
-        value = event["union"]["bits_per_byte"] if event["union"] else None
-        self.union, self.change, self.evaluated = value, _difference(value, self.union), event["round"]
+        value, before = event["union"]["bits_per_byte"] if event["union"] else None, self.union
+        same = self.union_of == list(event["participants"])  # unions of other texts cannot be compared
+        self.union, self.change, self.evaluated = value, _difference(value, before) if same else None, event["round"]
+        self.union_of = list(event["participants"])
         if self.round_seconds and event["round"]:
             self.round_seconds[-1] += event["seconds"]
 

@@ -137,7 +137,9 @@ def _summary(summary: Mapping[str, Any]) -> str:
     head += [("best alone", ""), ("trained by", "left")]
     rows = [_summary_cells(row, row["alone"], pooled) for row in summary["rows"]]
     total = _summary_cells(summary["union"], summary["union"]["best_alone"], pooled)
-    note = "Bits per byte, lower is better. The last row is everyone's text; its change is against the best alone."
+    everyone = len(summary["union_of"]) == len(summary["rows"])
+    whose = "everyone's text" if everyone else f"the text of {', '.join(summary['union_of']) or 'nobody'}"
+    note = f"Bits per byte, lower is better. The last row is {whose}; its change is against the best alone."
     return f'<section>{_table(head, rows, total)}\n<p class="note">{escape(note)}</p></section>'
 
 

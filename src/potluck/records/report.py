@@ -13,7 +13,6 @@ from potluck.files import write_text
 from potluck.records.charts import PALETTE, RIVAL, STRONG, Line, Panel, draw_svg
 from potluck.records.curves import (
     Comparison,
-    EvaluationRecord,
     RunRecord,
     comparison_headline,
     is_comparison,
@@ -108,10 +107,18 @@ def _run_headline(run: RunRecord) -> str:
     known = run.union_curve
     if len(known) > 1:
         moved = "fell" if known[-1] < known[0] else "rose"
-        text += f" Everyone's held-out text {moved} from {known[0]:.3f} to {known[-1]:.3f} bits per byte."
+        text += f" {_whose(run)} {moved} from {known[0]:.3f} to {known[-1]:.3f} bits per byte."
     if not run.finished:
         text += f" The run is not finished: {len(run.rounds)} of {run.planned_rounds} rounds are done."
     return text
+
+
+def _whose(run: RunRecord) -> str:
+    last = run.evaluations[-1]
+    if not last.missing:
+        return "Everyone's held-out text"
+    count = len(last.participants)
+    return f"The held-out text of {count} of {count + len(last.missing)} participants, those who evaluated last,"
 
 
 def _participant_data(run: RunRecord, name: str) -> dict[str, Any]:
@@ -231,11 +238,10 @@ def _chart(title: str, lines: list[Line], x_label: str, y_label: str) -> str:
 
 
 def _held_out(run: RunRecord, name: str | None) -> list[tuple[float, float | None]]:
-    def value(evaluation: EvaluationRecord) -> float | None:
-        found = evaluation.union if name is None else evaluation.participants.get(name)
-        return found.bits_per_byte if found else None
-
-    return [(item.tokens, value(item)) for item in run.evaluations]
+    if name is None:
+        return list(run.union_points)
+    found = [(item.tokens, item.participants.get(name)) for item in run.evaluations]
+    return [(tokens, value.bits_per_byte if value else None) for tokens, value in found]
 
 
 def _loss(run: RunRecord, name: str | None) -> list[tuple[float, float | None]]:

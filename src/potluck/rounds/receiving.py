@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 
 import torch
@@ -13,12 +13,12 @@ from potluck.aggregation.outer import Mean
 from potluck.contribution import Contribution, Header, Reply, ReplyStatus, TaskId, kept
 from potluck.engine.protocol import Engine
 from potluck.errors import TrainingError
+from potluck.rounds.figures import FIGURES, Limits, wrong_update
 from potluck.rounds.state import SharedState
 from potluck.updates.fragments import Fragment
 from potluck.updates.links import Link, unpack
 
 _MAX_REASON = 1000  # characters that go into the event log
-FIGURES = ("loss", "steps", "skipped_steps", "tokens", "examples", "cursor", "epoch")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,7 +30,7 @@ class Asked:
         fragment: The part of the shared state whose turn it is.
         link: How updates were made smaller; ``None`` if they are parameters in full precision.
         draw: Seeds what is random in the links.
-        steps: Local steps that an update may hold.
+        limits: What its local steps can come to.
         revision: Of the shared state it starts from.
         max_norm: A larger update is rejected.
     """
@@ -39,7 +39,7 @@ class Asked:
     fragment: Fragment
     link: Link | None
     draw: int
-    steps: int
+    limits: Limits
     revision: int
     max_norm: float | None = None
 
@@ -79,15 +79,25 @@ class Window:
         """Seconds that are left, not below 0."""
         return None if self.ends is None else max(0.0, self.ends - now)
 
-    def note(self, reply: Reply, now: float) -> None:
-        """Count a contribution; the one that makes the quorum starts the grace."""
-        self._contributed += reply.status == "ok"
-        if reply.status == "ok" and self._contributed == self.quorum and self.grace is not None:
+    def note(self, reply: Reply, now: float, counts: Callable[[Reply], bool]) -> None:
+        """Count a contribution, if it counts; the one that makes the quorum starts the grace."""
+        if self.grace is None or self._contributed >= self.quorum or not counts(reply):
+            return
+        self._contributed += 1
+        if self._contributed == self.quorum:
             self.ends = min(now + self.grace, now + self.grace if self.ends is None else self.ends)
 
 
+def _came(reply: Reply) -> bool:
+    return reply.status == "ok"
+
+
 def in_order(
-    engine: Engine, sent: Mapping[TaskId, str], window: Window | None = None, others: list[Reply] | None = None
+    engine: Engine,
+    sent: Mapping[TaskId, str],
+    window: Window | None = None,
+    others: list[Reply] | None = None,
+    counts: Callable[[Reply], bool] = _came,
 ) -> Iterator[Reply]:
     """The replies to ``sent`` in its order, so that sums repeat bit for bit; one that is early is held back.
 
@@ -95,6 +105,7 @@ def in_order(
 
     Args:
         others: Gets the replies to tasks of earlier rounds.
+        counts: Whether a reply is one of those that the window waits for.
     """
     window, early = window or Window(), dict[TaskId, Reply]()
     for awaited, name in sent.items():
@@ -106,7 +117,7 @@ def in_order(
             if reply is None:
                 early[awaited] = Reply(task=awaited, participant=name, status="late", reason="no answer in time")
             elif reply.task in sent:
-                window.note(reply, engine.now())
+                window.note(reply, engine.now(), counts)
                 early[reply.task] = reply if reply.task == awaited else kept(reply)
             elif others is not None:
                 others.append(kept(reply))
@@ -117,12 +128,12 @@ def examine(reply: Reply, shared: SharedState, asked: Asked) -> Verdict:
     """Check what a participant sent before it touches shared state: schema, revision, form, finite values, figures."""
     contribution = reply.contribution
     if contribution is None:
-        return Verdict(status=reply.status, reason=reply.reason[:_MAX_REASON])
+        return Verdict(status=reply.status, reason=in_a_line(reply.reason))
     if contribution.kind != asked.kind or any(key not in contribution.header for key in FIGURES):
         return _rejected("not an update")
     if contribution.revision != asked.revision:
         return _rejected(f"revision {contribution.revision}, expected {asked.revision}")
-    if reason := _wrong_figures(contribution.header, asked.steps):
+    if reason := wrong_update(contribution.header, asked.limits):
         return _rejected(reason)
     try:
         vector = _vector(contribution, asked)
@@ -140,6 +151,11 @@ def examine(reply: Reply, shared: SharedState, asked: Asked) -> Verdict:
     return Verdict(status="ok", vector=vector, header=contribution.header, update_norm=float(norm))
 
 
+def in_a_line(reason: str) -> str:
+    """A participant's words as they may go into a log and onto a terminal: one line, no control characters."""
+    return "".join(char if char.isprintable() else " " for char in reason[:_MAX_REASON])
+
+
 def _vector(contribution: Contribution, asked: Asked) -> Tensor:
     """The fragment's parameters, or its pseudo-gradient decoded."""
     if asked.link is not None:
@@ -150,17 +166,6 @@ def _vector(contribution: Contribution, asked: Asked) -> Tensor:
     if parameters.shape != (asked.fragment.size,) or parameters.dtype != torch.float32:
         raise TrainingError(f"{parameters.dtype} {tuple(parameters.shape)} is not the shared state's")
     return parameters
-
-
-def _wrong_figures(header: Header, steps: int) -> str:
-    loss, *counts = (header[key] for key in FIGURES)
-    if not (type(loss) is float and math.isfinite(loss) and all(type(n) is int and n >= 0 for n in counts)):
-        return "its figures are not numbers"
-    if int(header["steps"]) > steps:
-        return f"{header['steps']} local steps, {steps} were asked for"
-    if 0 in (header[key] for key in ("steps", "tokens", "examples")):
-        return "no local step was taken"
-    return ""
 
 
 def _rejected(reason: str) -> Verdict:

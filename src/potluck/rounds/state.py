@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from torch import Tensor
 
 from potluck.aggregation.outer import OuterState, init_outer
-from potluck.contribution import ParticipantId, Reply, Task, TaskId
+from potluck.contribution import HeldOutText, ParticipantId, Reply, Task, TaskId
 from potluck.recipe import Recipe
 from potluck.updates.download import Downloads
 from potluck.updates.fragments import Fragment
@@ -34,6 +34,7 @@ class SharedState:
         revision: Outer steps taken.
         total_tokens: Tokens of all contributions so far.
         lost: Participants whose last update did not count: what error feedback keeps of it is void.
+        measured: On how much text each participant evaluated.
         outlived: Whether tasks may be performed when the round is over (``rounds.late``): they get copies of ``theta``.
         late: What was asked of those who did not answer in time, if their answers still count.
         arrived: Such answers, for the next round.
@@ -47,6 +48,7 @@ class SharedState:
     revision: int = 0
     total_tokens: int = 0
     lost: set[str] = field(default_factory=set)
+    measured: dict[str, HeldOutText] = field(default_factory=dict)
     outlived: bool = False
     late: dict[TaskId, Late] = field(default_factory=dict)
     arrived: list[Reply] = field(default_factory=list)

@@ -31,8 +31,9 @@ from potluck.recipe.schedules import rate_factor
 from potluck.recipe.seeds import seed_of
 from potluck.recipe.updates import Eager, Streaming
 from potluck.records.events import EventLog
-from potluck.rounds.evaluation import evaluate_shared
-from potluck.rounds.receiving import FIGURES, Asked, Verdict, Window, examine, in_order
+from potluck.rounds.evaluation import Facts, evaluate_shared
+from potluck.rounds.figures import FIGURES, limits_of
+from potluck.rounds.receiving import Asked, Verdict, Window, examine, in_order
 from potluck.rounds.sampling import asked_by_round
 from potluck.rounds.state import Late, SharedState
 from potluck.updates.links import link_of
@@ -45,17 +46,18 @@ def run_rounds(
     aggregator: Aggregator,
     shared: SharedState,
     log: EventLog,
-    checkpoint: Callable[[float | None], None],
+    checkpoint: Callable[[Facts | None], None],
     stop_requested: Callable[[], bool],
-    amend: Callable[[float | None], tuple[bool, float | None]] = lambda score: (False, score),
+    amend: Callable[[Facts | None], tuple[bool, Facts | None]] = lambda found: (False, found),
 ) -> None:
     """Run the rounds that are left, changing ``shared``.
 
     Args:
         trainers: Who trains; everybody on the engine's roster evaluates.
-        checkpoint: Saves everything, given the union's held-out bits per byte if it was just measured.
+        checkpoint: Saves everything, given the evaluation if there was just one.
         stop_requested: Asked after each round.
-        amend: May change the shared state after each round; told the score, it says whether it did, and the new score.
+        amend: May change the shared state after each round; told the evaluation, it says whether it did, and the new
+            one.
 
     Raises:
         TooFewContributors: A round had fewer contributions than ``rounds.min_contributors``.
@@ -68,14 +70,14 @@ def run_rounds(
         one_round(recipe, names, engine, aggregator, shared, log)
         last = shared.revision == settings.count
         stop = stop_requested() and not last
-        score = None
+        found = None
         if last or shared.revision % settings.evaluate_every == 0:
-            score = evaluate_shared(engine, shared, log, recipe.deadline)
-        amended, score = amend(score)
+            found = evaluate_shared(engine, shared, log, recipe.deadline)
+        amended, found = amend(found)
         if stop:
             log.write("run_interrupted", round=shared.revision)
         if last or stop or amended or shared.revision % recipe.records.checkpoint_every == 0:
-            checkpoint(score)
+            checkpoint(found)
         if stop:
             raise Interrupted(f"after round {shared.revision} of {settings.count}")
 
@@ -85,16 +87,21 @@ def one_round(
 ) -> None:
     """Ask ``names`` for local steps, average their updates of the fragment whose turn it is, take its outer step."""
     began, number = engine.now(), shared.revision + 1
-    asked, window = what_is_asked(recipe, shared, shared.revision), _window(recipe, engine)
+    asked, window = what_is_asked(recipe, shared, shared.revision, _texts(recipe, names)), _window(recipe, engine)
     tasks = {name: _task(recipe, engine, shared, name) for name in names}
     sent = {engine.send(name, task): name for name, task in tasks.items()}
+
+    def judged(reply: Reply, wanted: Asked) -> Verdict:
+        return _weighable(recipe, engine, examine(reply, shared, wanted), reply.participant)
+
+    counts = lambda reply: judged(reply, asked).vector is not None  # noqa: E731
     aggregator.init(asked.fragment.size)
     contributors = tokens = 0
     for reply, wanted in chain(
-        ((reply, asked) for reply in in_order(engine, sent, window, shared.arrived)),
+        ((reply, asked) for reply in in_order(engine, sent, window, shared.arrived, counts)),
         _from_earlier(recipe, engine, shared),
     ):
-        verdict = _weighable(recipe, engine, examine(reply, shared, wanted), reply.participant)
+        verdict = judged(reply, wanted)
         facts: dict[str, object] = {"reason": verdict.reason}
         if wanted.revision < shared.revision:
             facts["staleness"] = shared.revision - wanted.revision
@@ -121,7 +128,8 @@ def one_round(
         raise TooFewContributors(
             f"round {number}: {contributors} of {len(names)} contributed, "
             f"rounds.min_contributors is {recipe.min_contributors}",
-            "the events of this round say why each participant failed; mend that and resume",
+            "the events of this round say why each participant failed; mend that and resume. Of simulated devices a "
+            "resume draws anew who is there: lower rounds.min_contributors if it fails often",
         )
     delta_norm = _outer_step(recipe, shared, asked, aggregator.finish())
     shared.tidy()
@@ -138,7 +146,7 @@ def one_round(
     )
 
 
-def what_is_asked(recipe: Recipe, shared: SharedState, revision: int) -> Asked:
+def what_is_asked(recipe: Recipe, shared: SharedState, revision: int, texts: int = 1) -> Asked:
     """Of the round after ``revision``: fragments take turns; without links an update is parameters, unless eager."""
     links = recipe.updates.links
     plain = not links and not isinstance(recipe.rounds.streaming, Eager)
@@ -147,10 +155,15 @@ def what_is_asked(recipe: Recipe, shared: SharedState, revision: int) -> Asked:
         fragment=shared.fragments[revision % len(shared.fragments)],
         link=None if plain else link_of(links),
         draw=seed_of(recipe.seed, "links", revision),
-        steps=recipe.local_steps,
+        limits=limits_of(recipe, texts),
         revision=revision,
         max_norm=recipe.rounds.max_update_norm,
     )
+
+
+def _texts(recipe: Recipe, names: Sequence[str]) -> int:
+    """How many texts a local step draws from: everybody's where somebody trains who holds none, the pooled run."""
+    return 1 if set(names) <= set(recipe.participant_names) else len(recipe.participant_names)
 
 
 def _window(recipe: Recipe, engine: Engine) -> Window:

@@ -26,6 +26,18 @@ from potluck.updates.framing import FORMAT, as_json, fields_of, message_bytes, p
 
 MAX_FIELDS_BYTES = 1 << 20
 _DTYPES = {torch.int64: "I64", torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16", torch.uint8: "U8"}
+# What safetensors and torch raise at a payload that is none, sizes beyond 2^63 and unknown types among it.
+_UNREADABLE = (
+    SafetensorError,
+    KeyError,
+    TypeError,
+    ValueError,
+    AttributeError,
+    RecursionError,
+    OverflowError,
+    RuntimeError,
+    OSError,
+)
 _FIELDS = {"format", "message", "kind", "revision", "header", "sha256"}
 
 
@@ -74,7 +86,7 @@ def unpack(fields: Any, payload: bytes | Path | None) -> Task | Contribution:
         tensors = {} if payload is None else load_file(payload) if isinstance(payload, Path) else load(payload)
         if any(tensor.dtype not in _DTYPES for tensor in tensors.values()):
             raise ValueError("a tensor of a type that is not sent")
-    except (SafetensorError, KeyError, TypeError, ValueError, RecursionError, OSError) as error:
+    except _UNREADABLE as error:
         raise TrainingError(f"not a message of format {FORMAT}: {error}") from None
     if fields["message"] == "task":
         return Task(kind=kind, revision=revision, parameters=values, tensors=tensors)

@@ -131,7 +131,8 @@ class Exchange:
             return Outcome(None, resolution)
         moments, contexts = self._moments(theta, names)
         asked = [name for name, count in made.items() if count or self.editing.masks is not None]
-        attempt = _Attempt(self, theta.clone(), asked, resolution, moments, contexts, sum(made.values()))
+        each = {name: made[name] for name in asked}
+        attempt = _Attempt(self, theta.clone(), each, resolution, moments, contexts, sum(made.values()))
         changes = attempt.write()
         keys, told = attempt.after()
         return Outcome(attempt.theta, resolution, made, told, keys, changes)
@@ -155,11 +156,12 @@ class Exchange:
         """``C`` of each layer, and the contexts that the first participant drew from the shared model."""
         found: list[str] = []
 
-        def note(answer: Contribution) -> None:
+        def note(name: str, answer: Contribution) -> None:
             found.append(read_contexts(answer.header.get("contexts")))
 
         about: dict[str, Scalar] = {"session": self.number, **self.hidden(names)}
-        sums, count = self.summed(MOMENTS, dict.fromkeys(names, about), theta, (), moment_shapes(self.maps), note)
+        most = dict.fromkeys(names, self.editing.moment_tokens)
+        sums, count = self.summed(MOMENTS, dict.fromkeys(names, about), theta, (), moment_shapes(self.maps), note, most)
         return {layer: sums[f"{layer}.{MOMENT}"] / count for layer in self.maps}, found[0]
 
     def hidden(self, names: Sequence[str]) -> dict[str, Scalar]:
@@ -175,15 +177,16 @@ class Exchange:
         theta: Tensor,
         changed: Sequence[int],
         shapes: Mapping[str, tuple[int, ...]],
-        note: Callable[[Contribution], None],
+        note: Callable[[str, Contribution], None],
+        most: Mapping[str, int],
     ) -> tuple[dict[str, Tensor], int]:
-        """Statistics of all who are asked, summed as they come, and what they count together."""
+        """Statistics of all who are asked, summed as they come, and what they count together, each at ``most``."""
         base, wire = state_hash(theta), wire_of(self.editing)
         total = SummedStatistics(kind, base)
 
         def take(name: str, answer: Contribution) -> None:
-            note(answer)
-            total.accumulate(received(name, answer, shapes, base, wire))
+            note(name, answer)
+            total.accumulate(received(name, answer, shapes, base, wire, most[name]))
 
         self.collect(kind, arguments, theta, changed, take)
         found = total.finish()
@@ -222,11 +225,11 @@ class Exchange:
 
 @dataclass(frozen=True)
 class _Attempt:
-    """The layers of one edit, on a copy of the shared state."""
+    """The layers of one edit, on a copy of the shared state; ``asked`` says how many edits each is to make."""
 
     whole: Exchange
     theta: Tensor
-    asked: Sequence[str]
+    asked: Mapping[str, int]
     resolution: Resolution
     moments: Mapping[int, Tensor]
     contexts: str
@@ -247,11 +250,12 @@ class _Attempt:
     def after(self) -> tuple[dict[int, Tensor], dict[str, int]]:
         """Gram matrices of the edits' keys on the edited weights, and how many edits hold."""
         layers, told = list(self.whole.maps), dict.fromkeys(self.asked, 0)
-        names = iter(self.asked)
 
-        def note(answer: Contribution) -> None:
+        def note(name: str, answer: Contribution) -> None:
             count = answer.header.get("told")
-            told[next(names)] = count if type(count) is int else 0
+            if type(count) is not int or not 0 <= count <= self.asked[name]:
+                raise EditError(f"{name}: {str(count)[:20]} of {self.asked[name]} edits told")
+            told[name] = count
 
         sums = self._statistics("after", layers, layers, 1, note)
         return {layer: sums[f"{layer}.{GRAM}"] for layer in layers}, told
@@ -262,7 +266,7 @@ class _Attempt:
         layers: Sequence[int],
         changed: Sequence[int],
         share: int,
-        note: Callable[[Contribution], None] = lambda _: None,
+        note: Callable[[str, Contribution], None] = lambda name, answer: None,
     ) -> dict[str, Tensor]:
         """Sums over the participants' edits at some layers; each residual is divided by ``share``."""
         common: dict[str, Scalar] = {
@@ -271,14 +275,14 @@ class _Attempt:
             "layers": ",".join(map(str, layers)),
             "share": share,
             "contexts": self.contexts,
-            **self.whole.hidden(self.asked),
+            **self.whole.hidden(list(self.asked)),
         }
         arguments = {
             name: {**common, "left_out": ",".join(map(str, self.resolution.left_out.get(name, ())))}
             for name in self.asked
         }
         shapes = edit_shapes(self.whole.maps, layers, products=phase != "after")
-        return self.whole.summed(EDIT, arguments, self.theta, changed, shapes, note)[0]
+        return self.whole.summed(EDIT, arguments, self.theta, changed, shapes, note, self.asked)[0]
 
     def _add(self, layer: int, sums: Mapping[str, Tensor]) -> float:
         g, m = sums[f"{layer}.{GRAM}"], sums[f"{layer}.{PRODUCT}"]

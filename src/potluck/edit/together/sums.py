@@ -142,9 +142,17 @@ def packed(sums: Mapping[str, Tensor], wire: Wire, hiding: Hiding | None) -> dic
 
 
 def received(
-    name: str, contribution: Contribution, shapes: Mapping[str, tuple[int, ...]], base_hash: str, wire: Wire
+    name: str,
+    contribution: Contribution,
+    shapes: Mapping[str, tuple[int, ...]],
+    base_hash: str,
+    wire: Wire,
+    most: int,
 ) -> Statistics:
     """Statistics of unknown origin, checked as far as they can be read.
+
+    Args:
+        most: They count no more than that, for no more was asked for.
 
     Raises:
         EditError: They are of another model, have other names, shapes or types, are not finite, or are no sums of
@@ -157,8 +165,8 @@ def received(
         wrong = ", ".join(sorted(tensors.keys() ^ dict(shapes).keys())[:4])
         raise EditError(f"{name}: its statistics are not those that were asked for: {wrong}")
     count = said.get("count")
-    if type(count) is not int or not 0 <= count < 1 << 40:
-        raise EditError(f"{name}: a count of {count!r}")
+    if type(count) is not int or not 0 <= count <= most:
+        raise EditError(f"{name}: a count of {str(count)[:20]}, at most {most} were asked for")
     found = {}
     for key, shape in shapes.items():
         tensor, dtype = tensors[key], wire.type_of(key)

@@ -113,7 +113,10 @@ class NatsEngine:
         """Everybody whom the recipe names, there or not."""
         return {
             name: ParticipantInfo(
-                name=name, evaluates=bool(member.said.get("evaluates", True)), holds=self.members.holds(name)
+                name=name,
+                evaluates=member.said.get("evaluates", True) is True,
+                holds=self.members.holds(name),
+                held_out=self.members.held_out(name),
             )
             for name, member in self.members.of.items()
         }

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from typing import Any, Literal
 
-from potluck.contribution import ParticipantId
+from potluck.contribution import HeldOutText, ParticipantId
 from potluck.engine.nats.claim import REFUSED
 from potluck.engine.nats.connection import Connection
 from potluck.engine.nats.subjects import Names
@@ -73,7 +73,7 @@ class Members:
                 continue
             try:
                 said = json.loads(data)
-            except ValueError:
+            except (ValueError, RecursionError):
                 continue
             if isinstance(said, dict) and said.get("status") != REFUSED:  # of a process that may not serve
                 age = 0.0 if member.revision else _age(headers.get("Nats-Time-Stamp", ""))
@@ -105,6 +105,14 @@ class Members:
     def contested(self) -> set[ParticipantId]:
         """Participants who say that others with their invite were refused."""
         return {name for name, member in self.of.items() if member.said.get("refused") not in (None, 0)}
+
+    def held_out(self, name: ParticipantId) -> HeldOutText | None:
+        """How much text a participant says it holds out; ``None`` if it does not say."""
+        holding = self.of[name].said.get("holding")
+        if not isinstance(holding, dict):
+            return None
+        tokens, size = holding.get("validation_tokens"), holding.get("validation_bytes")
+        return HeldOutText(tokens - 1, size) if type(tokens) is int and type(size) is int else None
 
     def facts(self, name: ParticipantId) -> dict[str, Any]:
         """What ``potluck status`` shows of one."""
