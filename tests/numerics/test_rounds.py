@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections import Counter
 from dataclasses import replace
@@ -17,7 +16,7 @@ from hypothesis import strategies as st
 from potluck.contribution import Contribution, Reply
 from potluck.errors import TooFewContributors, TrainingError
 from potluck.hosting import _fitness
-from potluck.recipe.sources import Profile
+from potluck.recipe.sources import Data, Profile
 from potluck.rounds.receiving import in_order
 from potluck.rounds.sampling import asked_by_round
 
@@ -133,13 +132,15 @@ def test_data_weighs_by_the_text_that_was_held_at_joining(make_recipe, make_worl
     assert (told[1]["status"], "no training text" in told[1]["reason"]) == ("rejected", True)
 
 
-@pytest.mark.parametrize("said", [10**400, 2**53, -1, 1.5, "many", True, None])
-def test_a_host_takes_what_is_no_amount_of_text_for_none(tmp_path, said) -> None:
+@pytest.mark.parametrize("said", [10**400, 2**53, -1, 1.5, "many", True, None, 900], ids=lambda said: str(said)[:9])
+def test_a_host_takes_nobody_who_holds_what_is_no_amount_of_text(tmp_path, said) -> None:
     known, vocabulary = tmp_path / "holdings.json", SimpleNamespace(content_hash="v")
-    unfit = _fitness(known, vocabulary, "m")
-    first = {"vocabulary": "v", "model": "m", "holding": {"content_hash": "h", "train_tokens": said}}
-    assert unfit("ada", first) == unfit("ada", {**first, "holding": {"content_hash": "h", "train_tokens": 7}}) == ""
-    assert json.loads(known.read_text())["ada"]["train_tokens"] == 0  # and the first word counts
+    unfit = _fitness(known, vocabulary, "m", Data(train_bytes=800))
+    sizes = {f"{side}_{what}": 7 for side in ("train", "validation") for what in ("tokens", "bytes", "documents")}
+    first = {"vocabulary": "v", "model": "m", "holding": {"content_hash": "h", **sizes}}
+    assert unfit("ada", {**first, "holding": {**first["holding"], "train_bytes": said}})
+    assert unfit("ada", first) == ""
+    assert unfit("ada", {**first, "holding": {**first["holding"], "validation_bytes": 6}})  # the first word counts
 
 
 def with_figures(**figures):

@@ -125,12 +125,7 @@ def one_round(
         if verdict.vector is None and recipe.rounds.on_failure == "stop":
             raise TrainingError(f"round {number}: {reply.participant} did not contribute: {verdict.reason}")
     if contributors < recipe.min_contributors:
-        raise TooFewContributors(
-            f"round {number}: {contributors} of {len(names)} contributed, "
-            f"rounds.min_contributors is {recipe.min_contributors}",
-            "the events of this round say why each participant failed; mend that and resume. Of simulated devices a "
-            "resume draws anew who is there: lower rounds.min_contributors if it fails often",
-        )
+        raise _too_few(recipe, number, contributors, len(names))
     delta_norm = _outer_step(recipe, shared, asked, aggregator.finish())
     shared.tidy()
     shared.total_tokens += tokens
@@ -143,6 +138,14 @@ def one_round(
         delta_norm=delta_norm,
         total_tokens=shared.total_tokens,
         seconds=engine.now() - began,
+    )
+
+
+def _too_few(recipe: Recipe, number: int, contributors: int, asked: int) -> TooFewContributors:
+    return TooFewContributors(
+        f"round {number}: {contributors} of {asked} contributed, rounds.min_contributors is {recipe.min_contributors}",
+        "the events of this round say why each participant failed; mend that and resume. Of simulated devices a "
+        "resume draws anew who is there: lower rounds.min_contributors if it fails often",
     )
 
 
