@@ -33,6 +33,7 @@ from potluck.local import evaluate
 from potluck.local.optimizers import InnerOptimizer, hidden_matrices
 from potluck.local.steps import local_steps
 from potluck.local_state import new_state
+from potluck.models import footprint
 from potluck.models.flat import flatten
 from potluck.recipe.local import Constant, Cosine, Muon, WarmupStableDecay
 from potluck.recipe.schedules import rate_factor, schedule_fault
@@ -292,9 +293,15 @@ def test_an_unknown_task_is_refused(make_recipe, make_network, make_participant)
 # --- evaluation -----------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize(
+    "bounds", [{"_TOKENS_AT_ONCE": 48}, {"_LOGITS_AT_ONCE": 2 * 16 * 60, "_LOSSES_AT_ONCE": 5 * 60}], ids=str
+)
 @pytest.mark.parametrize("length", [1, 2, 10, 16, 17, 18, 33, 100])
-def test_evaluation_predicts_every_token_but_the_first_once(make_recipe, make_network, monkeypatch, length) -> None:
-    monkeypatch.setattr(evaluate, "_TOKENS_PER_BATCH", 48)
+def test_evaluation_predicts_every_token_but_the_first_once(
+    make_recipe, make_network, monkeypatch, length, bounds
+) -> None:
+    for name, bound in bounds.items():
+        monkeypatch.setattr(footprint, name, bound)
     network = make_network(make_recipe(1))
     stream = np.random.default_rng(0).integers(0, 60, length).astype(np.uint16)
     model, tokens, expected = network.model.double(), torch.from_numpy(stream.astype(np.int64)), 0.0
@@ -306,6 +313,16 @@ def test_evaluation_predicts_every_token_but_the_first_once(make_recipe, make_ne
     nats, count = evaluate.negative_log_likelihood(make_network(make_recipe(1)), stream, 16)
     assert count == length - 1
     assert nats == pytest.approx(expected, rel=1e-5)
+
+
+def test_evaluation_holds_no_more_logits_than_it_says(make_recipe, make_network) -> None:
+    network, sizes = make_network(make_recipe(1)), list[int]()
+    network.model.get_output_embeddings().register_forward_hook(lambda _, __, out: sizes.append(out.numel()))
+    network.model.config.vocab_size = vocabulary = 1 << 21  # as it says; the head is small
+    evaluate.negative_log_likelihood(network, np.zeros(200, np.uint16), 4)
+    rows, head = 50, network.model.get_output_embeddings().weight.shape[0]
+    assert footprint.evaluated_at_once(vocabulary, 4) * vocabulary * 4 <= footprint._LOGITS_AT_ONCE
+    assert max(sizes) == 4 * head * footprint.evaluated_at_once(vocabulary, 4) < 4 * head * rows
 
 
 def test_a_participant_answers_with_the_sums_of_its_held_out_text(

@@ -81,9 +81,22 @@ def token_losses(network: Network, tokens: Tensor, reduction: str) -> Tensor:
         tokens: int64 ``(batch, length + 1)``; the first of a sequence is only context.
         reduction: ``mean`` or ``sum`` over the ``batch x length`` predictions.
     """
+    logits = next_logits(network, tokens).float()
+    return functional.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten(), reduction=reduction)
+
+
+def next_logits(network: Network, tokens: Tensor) -> Tensor:
+    """What the network says of each token but the first of a sequence, in the precision it computes with.
+
+    Args:
+        tokens: int64 ``(batch, length + 1)``.
+
+    Returns:
+        ``(batch, length, vocabulary)``.
+    """
     with network.precision():
-        logits = network.model(input_ids=tokens[:, :-1], use_cache=False).logits
-    return functional.cross_entropy(logits.float().flatten(0, 1), tokens[:, 1:].flatten(), reduction=reduction)
+        logits: Tensor = network.model(input_ids=tokens[:, :-1], use_cache=False).logits
+    return logits
 
 
 def host_vector(size: int, device: torch.device) -> Tensor:

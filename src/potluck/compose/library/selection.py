@@ -22,9 +22,8 @@ from potluck.compose.lora import added, attached, check_fits
 from potluck.compose.routing.bundle import Bundle, by_module
 from potluck.compose.training import placed
 from potluck.errors import CorpusError, RecipeError
+from potluck.models.footprint import evaluated_at_once
 
-_TOKENS_AT_ONCE = 8192
-_LOGITS_AT_ONCE = 1 << 28  # 1 GiB in fp32
 _LEFT_OUT = -100
 
 
@@ -109,8 +108,7 @@ def example_losses(
     if not examples:
         raise CorpusError("there are no examples to choose adapters by")
     network = placed(model.eval(), device, precision)
-    tokens_at_once = min(_TOKENS_AT_ONCE, _LOGITS_AT_ONCE // model.config.vocab_size)
-    at_once = max(1, tokens_at_once // max(map(len, examples)))
+    at_once = evaluated_at_once(model.config.vocab_size, max(map(len, examples)))
     losses = []
     with torch.inference_mode(), network.precision():
         for start in range(0, len(examples), at_once):
