@@ -17,21 +17,13 @@ from typing import Any
 
 from pydantic import ValidationError
 
+from potluck.measured import CODECS, RANDOM, TRAINED, Judgement, judged
 from potluck.models.shapes import Shapes, parameter_shapes
 from potluck.preflight import vocabulary_size
 from potluck.recipe import Recipe
+from potluck.recipe.schema import ModelFolder, OuterNesterov, OuterSgd
 from potluck.recipe.sources import Profile
-from potluck.recipe.updates import (
-    BlockTopK,
-    ErrorFeedback,
-    FullDownload,
-    LinkTable,
-    Overlap,
-    Quantize,
-    QuantizedDownload,
-    Streaming,
-    Updates,
-)
+from potluck.recipe.updates import FullDownload, Overlap, Streaming, Updates
 from potluck.traffic import Messages, exchanges
 from potluck.updates.fragments import fragments_of
 
@@ -39,12 +31,6 @@ PERIODS = (1, 10, 30, 100, 300, 500)  # local steps between two exchanges of the
 ENOUGH = 0.95  # of the time in local steps
 ROUNDS_OF_MOMENTUM = 100
 _OVERLAPS = (1, 5)  # more than 5 gains little (arXiv 2501.18512)
-_CODECS: dict[str, tuple[LinkTable, ...]] = {
-    "fp32": (),
-    "int8": (Quantize(bits=8, block=256),),
-    "int4": (Quantize(bits=4, block=64),),
-    "sparse": (ErrorFeedback(decay=0.95), BlockTopK(k=64, block=4096), Quantize(bits=2, block=64)),
-}
 
 
 @dataclass(frozen=True)
@@ -62,6 +48,8 @@ class Setting:
         round_seconds: Mean over the fragments.
         utilisation: Share of the time that is local steps.
         total_seconds: Of the run: all rounds and the first download, without evaluations.
+        near: Whether its loss was measured near full precision's (`potluck.measured`); ``None`` if it was not measured.
+        measured: The measurement that says so.
     """
 
     codec: str
@@ -76,6 +64,8 @@ class Setting:
     round_seconds: float
     utilisation: float
     total_seconds: float
+    near: bool | None
+    measured: str
 
 
 @dataclass(frozen=True)
@@ -85,14 +75,14 @@ class Plan:
     Attributes:
         settings: All, the least compressed first.
         current: The recipe's own.
-        choice: The one to take.
+        choice: The one to take; ``None`` if none was measured near full precision.
         reason: Why, in a sentence.
         tables: What of the recipe the choice changes: ``rounds`` and ``updates``.
     """
 
     settings: tuple[Setting, ...]
     current: Setting
-    choice: Setting
+    choice: Setting | None
     reason: str
     tables: dict[str, Any]
 
@@ -145,8 +135,10 @@ def planned(recipe: Recipe, link: Profile) -> Plan:
     choice, reason = _choose(recipe, list(variants))
     own = next(name for name, updates in _codecs(recipe, shapes).items() if updates == recipe.updates)
     current = _cost(recipe, own, recipe.local_steps * recipe.fragments, total, shapes, link)
-    rounds = variants[choice].rounds.model_dump(include={"count", "local_steps", "streaming"}, exclude_none=True)
-    tables = {"rounds": rounds, "updates": variants[choice].updates.model_dump()}
+    tables = {}
+    if choice is not None:
+        rounds = variants[choice].rounds.model_dump(include={"count", "local_steps", "streaming"}, exclude_none=True)
+        tables = {"rounds": rounds, "updates": variants[choice].updates.model_dump()}
     return Plan(tuple(variants), current, choice, reason, tables)
 
 
@@ -203,15 +195,14 @@ def _codecs(recipe: Recipe, shapes: Shapes) -> dict[str, Updates]:
 
     Where the recipe's downloads are in full, the plan's codecs come with smaller ones, too.
     """
-    own = recipe.updates
-    codecs = {name: own.model_copy(update={"links": links}) for name, links in _CODECS.items()}
+    own, full = recipe.updates, FullDownload()
+    codecs = {
+        name: table if own.download == full else table.model_copy(update={"download": own.download})
+        for name, table in CODECS.items()
+        if own.download == full or table.download == full
+    }
     if own not in codecs.values():
         codecs["as in the recipe"] = own
-    if isinstance(own.download, FullDownload):
-        both = QuantizedDownload(bits=8, block=256)
-        codecs |= {
-            f"{name}, down int8": Updates(links=links, download=both) for name, links in _CODECS.items() if links
-        }
 
     def size(updates: Updates) -> int:
         rounds = recipe.rounds.model_copy(update={"streaming": None})
@@ -249,6 +240,7 @@ def _cost(recipe: Recipe, codec: str, period: int, total_steps: int, shapes: Sha
     rounds = [round_seconds(compute, up, down, link, overlap) for up, down in zip(ups, downs, strict=True)]
     mean = sum(rounds) / len(rounds)
     begin = transfer_seconds(messages.task("evaluate", None, 0), link.downlink, link.latency)
+    known = _judged(recipe, len(rounds))
     return Setting(
         codec=codec,
         period=period,
@@ -262,23 +254,37 @@ def _cost(recipe: Recipe, codec: str, period: int, total_steps: int, shapes: Sha
         round_seconds=mean,
         utilisation=compute / mean,
         total_seconds=begin + total_steps / link.steps_per_second + recipe.rounds.count * (mean - compute),
+        near=known.near,
+        measured=str(known),
     )
 
 
-def _choose(recipe: Recipe, settings: Sequence[Setting]) -> tuple[Setting, str]:
-    """The least aggressive setting that uses the time well, else the one that uses it best."""
-    among, allowed = "", [s for s in settings if s.outer_steps >= ROUNDS_OF_MOMENTUM]
-    if not getattr(recipe.outer, "momentum", 0.0):
-        allowed = list(settings)
-    elif allowed:
-        among = f"; only settings with {ROUNDS_OF_MOMENTUM} outer steps count, for outer momentum needs them"
-    else:
-        among = f"; in all of them the run has fewer outer steps than the {ROUNDS_OF_MOMENTUM} outer momentum needs"
-        allowed = list(settings)
+def _judged(recipe: Recipe, fragments: int) -> Judgement:
+    """What was measured of a recipe's way to exchange. Momentum outside was measured over many outer steps only."""
+    codec = next((name for name, updates in CODECS.items() if updates == recipe.updates), "")
+    outer_steps = recipe.rounds.count // fragments
+    if getattr(recipe.outer, "momentum", 0.0) and outer_steps < ROUNDS_OF_MOMENTUM:
+        return Judgement(None)
+    if not isinstance(recipe.outer, OuterSgd | OuterNesterov):
+        return Judgement(None)
+    start = TRAINED if isinstance(recipe.model, ModelFolder) else RANDOM
+    period = recipe.local_steps * fragments
+    return judged(start, codec, fragments, recipe.overlap, period, outer_steps)
+
+
+def _choose(recipe: Recipe, settings: Sequence[Setting]) -> tuple[Setting | None, str]:
+    """Of the settings measured near full precision the least aggressive that uses the time well, else the best used."""
+    among, known = "", [setting for setting in settings if setting.near]
+    if getattr(recipe.outer, "momentum", 0.0):
+        among = f"; outer momentum was measured over {ROUNDS_OF_MOMENTUM} outer steps and more"
+    if not known:
+        few = "nothing was measured near full precision for so few outer steps or so many local steps between them"
+        return None, f"{few}{among}: exchange in full precision, or take more rounds"
     codecs = list(dict.fromkeys(setting.codec for setting in settings))
-    enough = [setting for setting in allowed if setting.utilisation >= ENOUGH]
+    enough = [setting for setting in known if setting.utilisation >= ENOUGH]
     if enough:
         choice = min(enough, key=lambda s: (s.local_steps * s.fragments, codecs.index(s.codec), s.overlap))
-        rule = f"the least local steps between exchanges, then the least compression, that reach {ENOUGH:.0%}"
-        return choice, rule + among
-    return max(allowed, key=lambda s: s.utilisation), f"none reaches {ENOUGH:.0%}, this one comes nearest{among}"
+        rule = "of what was measured near full precision, the least local steps between exchanges, then the least "
+        return choice, f"{rule}compression, that reach {ENOUGH:.0%}{among}"
+    reason = f"of what was measured near full precision none reaches {ENOUGH:.0%}, this one comes nearest{among}"
+    return max(known, key=lambda s: s.utilisation), reason

@@ -3,25 +3,26 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 from potluck.corpus.sources import text_bytes
+from potluck.corpus.tokenizer import folder_vocabulary, vocabulary_from_words, word_counts
 from potluck.errors import CorpusError, ModelError
-from potluck.models.shapes import check_context, frozen_count, parameter_shapes, shape_of
+from potluck.footprint import footprint, moments
+from potluck.measured import WHERE
+from potluck.models.shapes import check_context, parameter_shapes
 from potluck.recipe import Recipe
-from potluck.recipe.local import AdamW, Muon
-from potluck.recipe.schema import Bpe, Bytes, OuterAdagrad, OuterAdam, OuterNesterov, OuterSgd, OuterYogi
+from potluck.recipe.schema import Bpe, Bytes, OuterNesterov
 from potluck.recipe.updates import (
     BlockTopK,
     DctTopK,
     DeltaDownload,
     ErrorFeedback,
-    FullDownload,
     LowRank,
     Quantize,
-    QuantizedDownload,
     RandomK,
     Sign,
     Streaming,
@@ -29,11 +30,11 @@ from potluck.recipe.updates import (
 )
 from potluck.records.folder import POOLED
 from potluck.traffic import Messages, exchanges, most_changed
-from potluck.updates.sizes import payload_bytes
 
 # English text and source code; only a guess, and shown as one.
 _BYTES_PER_TOKEN = {"bytes": 1.0, "bpe": 3.0, "folder": 3.5}
-_FP32 = 4
+_COUNTED_TEXT = 4_000_000  # bytes on which a BPE is trained to know how many tokens it gets: two seconds
+_FILL = 14.0  # tokens that a BPE finds at most in text, by the root of its bytes; 11 to 17 were seen
 
 
 @dataclass(frozen=True)
@@ -43,10 +44,8 @@ class Forecast:
     Attributes:
         text_bytes: Text of each participant, before it is divided and capped; ``None`` if it must be read to be known.
         parameters: Trainable parameters, tied ones once.
-        device_bytes: Weights, gradients and a rough estimate of activations on the device of the local steps.
-        participant_bytes: What one participant keeps in host memory: optimizer state, what links keep, its own
-            parameters and its copy of the shared ones.
-        coordinator_bytes: Shared state, mean, outer optimizer, and what downloads keep.
+        vocabulary_is_bound: The text may fill fewer tokens, and the model be smaller.
+        device_bytes, participant_bytes, coordinator_bytes, process_bytes: See `potluck.footprint.Footprint`.
         update_bytes, peak_update_bytes: What a participant sends in a round: the mean over the fragments, the largest.
         download_bytes, peak_download_bytes: What one that was there in the last round is sent in a round.
         up_bytes, down_bytes: All transfers of the run, headers and evaluations included. Everybody downloads a state
@@ -60,9 +59,11 @@ class Forecast:
     text_bytes: dict[str, int | None]
     parameters: int
     vocabulary_size: int
+    vocabulary_is_bound: bool
     device_bytes: int
     participant_bytes: int
     coordinator_bytes: int
+    process_bytes: int | None
     update_bytes: int
     peak_update_bytes: int
     download_bytes: int
@@ -80,6 +81,9 @@ class Forecast:
     warnings: tuple[str, ...]
 
 
+_NO_ACTIVATIONS = "memory of activations is not estimated: the model's config does not name its widths"
+
+
 def forecast(recipe: Recipe) -> Forecast:
     """Check a recipe against the files it names and work out what it costs.
 
@@ -87,7 +91,7 @@ def forecast(recipe: Recipe) -> Forecast:
         CorpusError, ModelError, RecipeError: The first thing that would stop the run.
     """
     texts = _texts(recipe)
-    vocabulary = vocabulary_size(recipe)
+    vocabulary, bound = _tokens_of(recipe, texts)
     shapes = parameter_shapes(recipe.model, vocabulary)
     check_context(recipe.model, recipe.local.sequence_length)
     messages = Messages(recipe, shapes)
@@ -96,14 +100,17 @@ def forecast(recipe: Recipe) -> Forecast:
     sent = [(exchange.up * len(exchange.names), sum(exchange.down)) for exchange in exchanges(recipe, shapes)]
     tokens_per_round = asked * recipe.local_steps * recipe.tokens_per_step
     epochs = _epochs(recipe, texts)
+    memory = footprint(recipe, messages, vocabulary, _held_out(recipe, texts))
     return Forecast(
         participants=recipe.participant_names,
         text_bytes=texts,
         parameters=parameters,
         vocabulary_size=vocabulary,
-        device_bytes=_FP32 * (2 * parameters + frozen_count(recipe.model)) + _activations(recipe, vocabulary),
-        participant_bytes=_FP32 * parameters * _participant_vectors(recipe),
-        coordinator_bytes=_FP32 * parameters * _coordinator_vectors(recipe) + _kept_for_downloads(messages),
+        vocabulary_is_bound=bound,
+        device_bytes=memory.device,
+        participant_bytes=memory.participant,
+        coordinator_bytes=memory.coordinator,
+        process_bytes=memory.process,
         update_bytes=sum(updates) // len(updates),
         peak_update_bytes=max(updates),
         download_bytes=sum(downloads) // len(downloads),
@@ -119,7 +126,15 @@ def forecast(recipe: Recipe) -> Forecast:
         asked_per_round=asked,
         rounds=recipe.rounds.count,
         epochs=epochs,
-        warnings=tuple([*_warnings(recipe, epochs), *_waiting_warnings(recipe), *_update_warnings(recipe, messages)]),
+        warnings=tuple(
+            [
+                *_vocabulary_warnings(recipe, vocabulary),
+                *([] if memory.activations_known else [_NO_ACTIVATIONS]),
+                *_warnings(recipe, epochs),
+                *_waiting_warnings(recipe),
+                *_update_warnings(recipe, messages),
+            ]
+        ),
     )
 
 
@@ -148,28 +163,72 @@ def _texts(recipe: Recipe) -> dict[str, int | None]:
 
 
 def vocabulary_size(recipe: Recipe) -> int:
-    """Tokens of the recipe's tokenizer, without reading text.
+    """Tokens that the run's tokenizer will have, or for much text at most.
 
     Raises:
         ModelError: A tokenizer folder cannot be read.
     """
+    try:
+        texts = _texts(recipe) if isinstance(recipe.tokenizer, Bpe) else {}
+    except CorpusError:  # the text is elsewhere
+        texts = {}
+    return _tokens_of(recipe, texts)[0]
+
+
+def _tokens_of(recipe: Recipe, texts: dict[str, int | None]) -> tuple[int, bool]:
+    """Tokens of the recipe's tokenizer, and whether they are only the most that it can have."""
     match recipe.tokenizer:
         case Bytes():
-            return 257
-        case Bpe(vocab_size=size):
-            return size
+            return 257, False
+        case Bpe(vocab_size=asked):
+            return _filled(recipe, texts, asked)
         case table:
-            path = Path(table.path) / "tokenizer.json"
-            try:
-                tokenizer = json.loads(path.read_text(encoding="utf-8"))
-                ids = list(tokenizer["model"]["vocab"])
-                return max(len(ids), 1 + max((t["id"] for t in tokenizer.get("added_tokens", ())), default=0))
-            except FileNotFoundError:  # a tokenizer in an older form, which only transformers reads
-                from potluck.corpus.tokenizer import folder_vocabulary
+            return _folder_tokens(Path(table.path)), False
 
-                return folder_vocabulary(Path(table.path)).size
-            except (OSError, ValueError, KeyError, TypeError) as error:
-                raise ModelError(f"{path}: not a Hugging Face tokenizer ({error})") from None
+
+def _filled(recipe: Recipe, texts: dict[str, int | None], asked: int) -> tuple[int, bool]:
+    """Little text has fewer tokens than a BPE is asked for: there it is trained, to know how many."""
+    known = [size for size in texts.values() if size is not None]
+    if not known or len(known) < len(texts):
+        return asked, True
+    cap = recipe.data.train_bytes or max(known)
+    read = sum(min(size * (1 - recipe.data.validation_fraction), cap) for size in known)
+    if asked < _FILL / 2 * math.sqrt(read):
+        return asked, False
+    if sum(known) > _COUNTED_TEXT:
+        return min(asked, int(_FILL * math.sqrt(read))), True
+    return vocabulary_from_words(word_counts(recipe), asked).size, False
+
+
+def _folder_tokens(folder: Path) -> int:
+    path = folder / "tokenizer.json"
+    try:
+        tokenizer = json.loads(path.read_text(encoding="utf-8"))
+        ids = tokenizer["model"]["vocab"]
+        last = max(ids.values()) if isinstance(ids, dict) else len(ids) - 1
+        return 1 + max(int(last), *(int(token["id"]) for token in tokenizer.get("added_tokens", ())), 0)
+    except FileNotFoundError:  # a tokenizer in an older form, which only transformers reads
+        return folder_vocabulary(folder).size
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ModelError(f"{path}: not a Hugging Face tokenizer ({error})") from None
+
+
+def _vocabulary_warnings(recipe: Recipe, vocabulary: int) -> Iterator[str]:
+    if isinstance(recipe.tokenizer, Bpe) and vocabulary < recipe.tokenizer.vocab_size:
+        yield (
+            f"tokenizer.vocab_size {recipe.tokenizer.vocab_size}: the training text has no more than "
+            f"{vocabulary} tokens; the model will know as many"
+        )
+
+
+def _held_out(recipe: Recipe, texts: dict[str, int | None]) -> dict[str, int | None]:
+    """Tokens of each participant's held-out text, estimated."""
+    share, cap = recipe.data.validation_fraction, recipe.data.validation_bytes
+    bytes_per_token = _BYTES_PER_TOKEN[recipe.tokenizer.kind]
+    return {
+        name: None if size is None else int(min(size * share, cap or size) / bytes_per_token)
+        for name, size in texts.items()
+    }
 
 
 def _epochs(recipe: Recipe, texts: dict[str, int | None]) -> float | None:
@@ -192,69 +251,6 @@ def _sizes(messages: Messages) -> tuple[list[int], list[int]]:
     )
 
 
-def _activations(recipe: Recipe, vocabulary: int) -> int:
-    """About what one forward pass keeps for the backward pass: a rough estimate."""
-    shape = shape_of(recipe.model)
-    adaptive = recipe.local.adaptive_batch
-    batch = adaptive.max_batch_size if adaptive else recipe.local.batch_size
-    tokens = batch * recipe.local.sequence_length
-    if shape is None:
-        return 0
-    per_layer = 12 * shape.width + 4 * shape.feedforward
-    layers = 1 + shape.layers * shape.width / per_layer if recipe.compute.gradient_checkpointing else shape.layers
-    return int(_FP32 * tokens * (layers * per_layer + 3 * vocabulary))
-
-
-def _moments(optimizer: object) -> int:
-    """fp32 vectors of the inner optimizer, in multiples of the model (for Muon an upper bound)."""
-    if isinstance(optimizer, AdamW | Muon):
-        return 2
-    return 1 if getattr(optimizer, "momentum", 0.0) else 0
-
-
-def _participant_vectors(recipe: Recipe) -> int:
-    """fp32 vectors in a participant's host memory: moments, residual, own parameters, copy of the shared state.
-
-    Streams have moments each; of several, their start and their mean are kept beside what is being trained.
-    """
-    adaptive = recipe.local.adaptive_batch
-    streams = adaptive.streams if adaptive else 1
-    whole_each_time = isinstance(recipe.updates.download, FullDownload) and recipe.fragments == 1
-    return (
-        _moments(recipe.local.optimizer) * streams
-        + 2 * (streams > 1)
-        + any(isinstance(link, ErrorFeedback) for link in recipe.updates.links)
-        + (recipe.rounds.streaming is not None)
-        + (not whole_each_time)
-    )
-
-
-def _kept_for_downloads(messages: Messages) -> int:
-    """Messages for those who missed rounds, and what quantisation has yet to say."""
-    download, count = messages.recipe.updates.download, len(messages.fragments)
-    if isinstance(download, FullDownload):
-        return 0
-    history = sum(payload_bytes(messages.step(number % count)) for number in range(download.history))
-    return history + (_FP32 * messages.size if isinstance(download, QuantizedDownload) else 0)
-
-
-def _coordinator_vectors(recipe: Recipe) -> int:
-    """fp32 vectors: shared state and mean; of late tasks, the states that they began from."""
-    return 2 + _outer_vectors(recipe) + 2 * recipe.keeps_late
-
-
-def _outer_vectors(recipe: Recipe) -> int:
-    match recipe.outer:
-        case OuterAdam() | OuterYogi() | OuterAdagrad():
-            return 2
-        case OuterNesterov():
-            return 1
-        case OuterSgd(momentum=momentum) if momentum:
-            return 1
-        case _:
-            return 0
-
-
 def _warnings(recipe: Recipe, epochs: float | None) -> Iterator[str]:
     rounds, names = recipe.rounds, recipe.participant_names
     if "sampling" in rounds.model_fields_set and recipe.asked_per_round == len(names):
@@ -266,15 +262,13 @@ def _warnings(recipe: Recipe, epochs: float | None) -> Iterator[str]:
     steps = rounds.count // recipe.fragments
     if isinstance(recipe.outer, OuterNesterov) and recipe.outer.momentum >= 0.9 and steps < 100:
         yield (
-            f"outer.momentum {recipe.outer.momentum} over {steps} outer steps: below about 100 "
-            'plain averaging (outer.kind = "sgd") usually does better'
+            f"outer.momentum {recipe.outer.momentum} over {steps} outer steps: over 10 it did worse than training "
+            'alone, between 10 and 100 nothing was measured (docs/log.md); plain averaging is outer.kind = "sgd"'
         )
     if epochs is not None and epochs > 40:
         yield f"each participant passes over its own text about {epochs:.0f} times: expect it to be learnt by heart"
-    if not recipe.local.keep_optimizer and not _moments(recipe.local.optimizer):
+    if not recipe.local.keep_optimizer and not moments(recipe.local.optimizer):
         yield "local.keep_optimizer has no effect: this optimizer has no state"
-    if shape_of(recipe.model) is None:
-        yield "memory of activations is not estimated for a model folder"
     if recipe.local.adaptive_batch is not None:
         yield (
             "local.adaptive_batch: the batch grows, so tokens, passes and memory are lower bounds; lone and pooled "
@@ -311,10 +305,11 @@ def _update_warnings(recipe: Recipe, messages: Messages) -> Iterator[str]:
             f"updates.links: {' and '.join(lossy)} without error-feedback before it: what an update loses is lost "
             "for good"
         )
-    if lossy and feedback and steps < 50:
+    if lossy and feedback and steps < 100:
         yield (
-            f"updates.links: {' and '.join(lossy)} over {steps} outer steps: below about 50, error feedback ends "
-            "with much that was never sent"
+            f"updates.links: {' and '.join(lossy)} over {steps} outer steps: error feedback may end with much that was "
+            "never sent. Sparse 2-bit updates lost half of what training gains over 5 outer steps, and from a trained "
+            f"model a third over 20 ({WHERE}); of other links nothing was measured over so few"
         )
     every = all(most_changed(recipe, fragment) == fragment.size for fragment in messages.fragments)
     if isinstance(recipe.updates.download, DeltaDownload) and every:

@@ -11,6 +11,7 @@ from rich.console import Console
 from rich.table import Table
 
 from potluck.errors import MissingExtra, StorageError
+from potluck.measured import PARAMETERS, WHERE
 from potluck.planning import ENOUGH, PERIODS, Plan, Setting
 from potluck.preflight import Forecast
 from potluck.records.charts import PALETTE
@@ -29,9 +30,18 @@ def show_forecast(expected: Forecast) -> None:
     largest = []
     if expected.peak_update_bytes > expected.update_bytes:
         largest = [("the largest", _ways(expected.peak_update_bytes, expected.peak_download_bytes, most))]
+    at_most = "at most " if expected.vocabulary_is_bound else ""
+    in_all = []
+    if expected.process_bytes is not None:
+        in_all = [
+            ("memory, in all", f"about {bytes_text(expected.process_bytes)} at its peak, in one process on the CPU")
+        ]
     rows = [
         ("participants", f"{len(expected.participants)}, {expected.asked_per_round} asked each round"),
-        ("parameters", f"{count_text(expected.parameters)} with a vocabulary of {expected.vocabulary_size}"),
+        (
+            "parameters",
+            f"{at_most}{count_text(expected.parameters)} with a vocabulary of {at_most}{expected.vocabulary_size}",
+        ),
         ("rounds", f"{expected.rounds} of {expected.local_steps} local steps"),
         ("tokens", f"{count_text(expected.tokens_per_round)} a round, {count_text(expected.total_tokens)} in all"),
         ("a round, each", _ways(expected.update_bytes, expected.download_bytes, most)),
@@ -44,6 +54,7 @@ def show_forecast(expected: Forecast) -> None:
             f"{bytes_text(expected.participant_bytes * len(expected.participants))} in one process",
         ),
         ("memory, coordinator", bytes_text(expected.coordinator_bytes)),
+        *in_all,
         ("epochs", "unknown" if expected.epochs is None else f"about {expected.epochs:.1f} over the least text"),
     ]
     facts = Table(show_header=False, box=None)
@@ -73,21 +84,29 @@ def show_plan(plan: Plan) -> None:
             sizes.add_row(codec, bytes_text(blocking.up_bytes), bytes_text(blocking.down_bytes))
     console.print(sizes, "", grid, "", f"[dim]{_LEGEND}[/]", "", sep="\n")
     for words, setting in (("the recipe as it is", plan.current), ("[bold]to take[/]", plan.choice)):
-        console.print(
-            f"{words}: {setting.codec}, P, τ = {_layout(setting)}, H = {setting.local_steps * setting.fragments}; "
-            f"a round {duration_text(setting.round_seconds)}, {bytes_text(setting.up_bytes)} up, "
-            f"{bytes_text(setting.down_bytes)} down; {setting.utilisation:.1%} local steps; "
-            f"the run {duration_text(setting.total_seconds)}"
-        )
+        console.print(f"{words}: {'nothing that was measured' if setting is None else _in_words(setting)}")
     console.print(f"why: {plan.reason}\n\n{tomli_w.dumps(plan.tables)}", markup=False)
-    console.print("[yellow]Quality is not predicted: fewer exchanges and fewer bytes can cost loss.[/]")
+    console.print(
+        f"[yellow]Quality is not predicted.[/] What was measured ({WHERE}) is of {count_text(PARAMETERS)} parameters "
+        "and plain averaging: try it on your model."
+    )
+
+
+def _in_words(setting: Setting) -> str:
+    return (
+        f"{setting.codec}, P, τ = {_layout(setting)}, H = {setting.local_steps * setting.fragments}; "
+        f"a round {duration_text(setting.round_seconds)}, {bytes_text(setting.up_bytes)} up, "
+        f"{bytes_text(setting.down_bytes)} down; {setting.utilisation:.1%} local steps; "
+        f"the run {duration_text(setting.total_seconds)}; {setting.measured}"
+    )
 
 
 _LEGEND = """\
 up, down: what a participant sends and gets to exchange the whole model once; with P fragments, in P rounds.
 P fragments take turns, and τ local steps go on while one travels. H: local steps between two exchanges of the
 same parameters; a round has H / P. A cell: a round and the share of it that is local steps; below, the whole run
-without evaluations. Green: at least 95%."""
+without evaluations. Green: at least 95%. Its loss: * was measured near full precision's, ! was measured worse;
+the others were not measured, and are not recommended."""
 
 
 def draw_plan(plan: Plan, path: Path) -> None:
@@ -185,7 +204,7 @@ def _draw_layout(axes: Any, plan: Plan, layout: str) -> None:
         x, y = [s.local_steps * s.fragments for s in points], [100 * s.utilisation for s in points]
         colour = PALETTE[families.index(family) % len(PALETTE)]
         axes.plot(x, y, "--" if both else "-", marker="o", markersize=3, color=colour, label=codec)
-    if layout == _layout(plan.choice):
+    if plan.choice is not None and layout == _layout(plan.choice):
         place = plan.choice.local_steps * plan.choice.fragments, 100 * plan.choice.utilisation
         axes.plot(*place, "o", markersize=12, fillstyle="none", color="black", label="to take")
     axes.axhline(100 * ENOUGH, color="grey", linewidth=0.8, linestyle=":")
@@ -214,4 +233,5 @@ def _cell(setting: Setting, plan: Plan) -> str:
     style = "green" if setting.utilisation >= ENOUGH else "default"
     style += " bold reverse" if setting == plan.choice else " underline" if setting == plan.current else ""
     share = f"{duration_text(setting.round_seconds)} {setting.utilisation:.0%}"
-    return f"[{style}]{share}[/]\n{duration_text(setting.total_seconds)}"
+    mark = {True: "*", False: "!", None: " "}[setting.near]
+    return f"[{style}]{share}[/]{mark}\n{duration_text(setting.total_seconds)} "

@@ -9,6 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from potluck.measured import MEASURED, RANDOM, TRAINED, judged
 from potluck.planning import (
     ENOUGH,
     PERIODS,
@@ -101,6 +102,56 @@ def test_everybody_streams_or_nobody(tables: Tables) -> None:
     assert {setting.fragments for setting in plan.settings} == {1}
 
 
+@pytest.mark.parametrize("rate", [0.5, 5.0, 500.0])
+@pytest.mark.parametrize(("count", "steps"), [(5, 10), (5, 30), (20, 10), (2000, 10)])
+def test_nothing_is_recommended_but_what_was_measured_near_full_precision(
+    tables: Tables, rate: float, count: int, steps: int
+) -> None:
+    """Sparse 2-bit updates over 5 outer steps end at 6.3 bits per byte where full precision ends at 4.4."""
+    recipe = recipe_of(tables, rounds={"count": count, "local_steps": steps})
+    plan = planned(recipe, LINK.model_copy(update={"steps_per_second": rate}))
+    assert {setting.near for setting in plan.settings} == {True, False, None}
+    if plan.choice is None:
+        assert plan.tables == {} and not any(setting.near for setting in plan.settings)
+        return
+    assert plan.choice.near and plan.choice.measured.startswith("measured from random weights")
+    assert not plan.choice.codec.startswith("sparse")
+    assert plan.choice.outer_steps >= min(row.outer_steps for row in MEASURED if row.codec == plan.choice.codec)
+
+
+def test_so_few_local_steps_that_nothing_was_measured(tables: Tables) -> None:
+    plan = planned(recipe_of(tables, rounds={"count": 2, "local_steps": 2}), LINK)
+    assert (plan.choice, plan.tables) == (None, {}) and "exchange in full precision" in plan.reason
+    assert plan.settings and plan.current in plan.settings
+
+
+@pytest.mark.parametrize(
+    ("way", "near"),
+    [
+        ((RANDOM, "int8", 1, 0, 10, 5), True),
+        ((RANDOM, "int8", 1, 0, 10, 4), None),
+        ((RANDOM, "int8", 1, 0, 9, 50), None),
+        ((RANDOM, "fp32", 1, 0, 1, 50), True),
+        ((RANDOM, "fp32", 1, 0, 500, 50), None),
+        ((RANDOM, "sparse", 1, 0, 10, 5), False),
+        ((RANDOM, "sparse", 1, 0, 30, 3), False),
+        ((RANDOM, "sparse", 1, 0, 10, 30), False),
+        ((TRAINED, "sparse", 1, 0, 10, 20), False),
+        ((RANDOM, "sparse", 4, 1, 10, 5), None),
+        ((RANDOM, "as in the recipe", 1, 0, 10, 50), None),
+    ],
+    ids=str,
+)
+def test_what_is_known_of_a_way_to_exchange(way: Any, near: bool | None) -> None:
+    assert judged(*way).near is near
+
+
+def test_another_outer_optimizer_or_a_tail_of_momentum_was_not_measured(tables: Tables) -> None:
+    assert planned(recipe_of(tables, outer={"kind": "adam"}), LINK).choice is None
+    few = recipe_of(tables, outer={"kind": "nesterov"}, rounds={"count": 50, "local_steps": 10})
+    assert all(s.near is None or s.outer_steps >= ROUNDS_OF_MOMENTUM for s in planned(few, LINK).settings)
+
+
 def aggression(plan: Plan) -> Any:
     codecs = list(dict.fromkeys(setting.codec for setting in plan.settings))
     return lambda s: (s.local_steps * s.fragments, codecs.index(s.codec), s.overlap)
@@ -111,24 +162,21 @@ def aggression(plan: Plan) -> Any:
 def test_the_choice_is_the_least_aggressive_that_uses_the_time(tables: Tables, rate: float, outer: Tables) -> None:
     plan = planned(recipe_of(tables, outer=outer), LINK.model_copy(update={"steps_per_second": rate}))
     momentum = outer["kind"] == "nesterov"
-    counted = [s for s in plan.settings if not momentum or s.outer_steps >= ROUNDS_OF_MOMENTUM]
+    counted = [s for s in plan.settings if s.near]
     assert ("outer momentum" in plan.reason) == momentum
+    assert plan.choice is not None
     good = [setting for setting in counted if setting.utilisation >= ENOUGH]
     if good:
         assert plan.choice == min(good, key=aggression(plan))
     else:
         assert plan.choice.utilisation == max(setting.utilisation for setting in counted)
         assert "none reaches" in plan.reason
+    assert all(s.outer_steps >= ROUNDS_OF_MOMENTUM for s in counted if momentum)
     again = {**tables, "model": MODEL, "outer": outer, **plan.tables}
     chosen = planned(parse_recipe(again), LINK).current
     assert (chosen.local_steps, chosen.fragments, chosen.overlap, chosen.up_bytes) == (
         plan.choice.local_steps, plan.choice.fragments, plan.choice.overlap, plan.choice.up_bytes
     )  # fmt: skip
-
-
-def test_a_run_too_short_for_momentum_is_told_so(tables: Tables) -> None:
-    plan = planned(recipe_of(tables, outer={"kind": "nesterov"}, rounds={"count": 4}), LINK)
-    assert "fewer outer steps" in plan.reason
 
 
 # --- units ---------------------------------------------------------------------------------------

@@ -36,6 +36,7 @@ def test_what_a_run_costs(tables: Tables, texts: Path) -> None:
     assert expected.warnings == ()
 
 
+ELSEWHERE = {"participants": [{"name": "ada"}, {"name": "bob"}], "engine": {"kind": "nats"}}
 SPARSE = [{"kind": "error-feedback"}, {"kind": "block-top-k"}, {"kind": "quantize", "bits": 2}]
 DEEP = {"layers": 3, "width": 32, "heads": 2, "feedforward": 64, "context": 64}
 STREAMING = {"kind": "streaming", "fragments": 4, "overlap": 1}
@@ -61,6 +62,47 @@ def test_what_is_kept_in_host_memory(tables: Tables, changes: Tables, participan
         history = round(4 * vector * (1 / 4 + 1 / 256))
     assert expected.participant_bytes == participant * vector
     assert expected.coordinator_bytes == pytest.approx(coordinator * vector + history, rel=0.001)
+
+
+def test_the_process_holds_all_of_it(tables: Tables) -> None:
+    """Weights twice, gradients, one vector of an exchange, and everybody's state, beside the interpreter."""
+    wide = {**DEEP, "width": 512, "feedforward": 1024}
+    plain, plus = check(tables, model=wide), check(tables, model=wide, outer={"kind": "sgd", "momentum": 0.5})
+    vector = 4 * plain.parameters
+    assert plain.process_bytes is not None and plus.process_bytes is not None
+    held = plain.process_bytes - 4 * vector - 3 * plain.participant_bytes - plain.coordinator_bytes
+    assert 0.4e9 < held < 0.6e9
+    assert plus.process_bytes - plain.process_bytes == vector
+    assert check(tables, **ELSEWHERE).process_bytes is None
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"local": {"batch_size": 64, "sequence_length": 64}},
+        {"data": {"validation_fraction": 0.5}},
+        {"updates": {"links": [{"kind": "quantize"}]}},
+    ],
+    ids=str,
+)
+def test_what_passes_is_counted(tables: Tables, texts: Path, changes: Tables) -> None:
+    """A larger step, more text to evaluate, and links each need more than the same run without."""
+    (texts / "ada" / "long.txt").write_text("word " * 60_000)
+    try:
+        wide = {**DEEP, "width": 256, "feedforward": 512}
+        less, more = check(tables, model=wide).process_bytes, check(tables, model=wide, **changes).process_bytes
+    finally:
+        (texts / "ada" / "long.txt").unlink()
+    assert less is not None and more is not None and more > less
+
+
+def test_how_many_tokens_a_bpe_gets(tables: Tables) -> None:
+    asked = check(tables, tokenizer={"kind": "bpe", "vocab_size": 300})
+    assert (asked.vocabulary_size, asked.vocabulary_is_bound, asked.warnings) == (300, False, ())
+    filled = check(tables, tokenizer={"kind": "bpe", "vocab_size": 30_000})
+    assert 300 < filled.vocabulary_size < 1000 and "no more than" in filled.warnings[0]
+    elsewhere = check(tables, tokenizer={"kind": "bpe", "vocab_size": 30_000}, **ELSEWHERE)
+    assert (elsewhere.vocabulary_size, elsewhere.vocabulary_is_bound) == (30_000, True)
 
 
 def test_fragments_divide_what_a_round_sends(tables: Tables) -> None:
@@ -107,7 +149,7 @@ def test_differences_are_small_only_where_few_entries_change(
         ({"local": {"keep_optimizer": False, "optimizer": {"kind": "sgd"}}}, "local.keep_optimizer has no effect"),
         ({"updates": {"links": [{"kind": "top-k"}]}}, "top-k without error-feedback"),
         ({"updates": {"links": [{"kind": "sign"}]}}, "sign without error-feedback"),
-        ({"updates": {"links": SPARSE}}, "block-top-k and quantize to 2 bits over 3 outer steps: below about 50"),
+        ({"updates": {"links": SPARSE}}, "block-top-k and quantize to 2 bits over 3 outer steps: error feedback may"),
         ({"updates": {"download": {"kind": "delta"}}}, "saves nothing: every parameter changes"),
         ({"rounds": {"streaming": {"kind": "streaming", "fragments": 1, "overlap": 0}}}, "saves nothing; leave it out"),
     ],

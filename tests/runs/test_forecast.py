@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+import subprocess
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -70,6 +73,64 @@ def test_a_download_of_differences_is_at_most_what_was_said(potluck: Potluck, ta
     assert expected["download_is_bound"]
     assert run.transferred("up_bytes") == pytest.approx(expected["up_bytes"], rel=0.01)
     assert 0.8 * expected["down_bytes"] < run.transferred("down_bytes") <= 1.01 * expected["down_bytes"]
+
+
+def test_a_bpe_that_little_text_does_not_fill(potluck: Potluck, tables: Tables, tmp_path: Path) -> None:
+    expected, run = run_of(potluck, tables, tmp_path / "run", tokenizer={"kind": "bpe", "vocab_size": 32_000})
+    assert expected["vocabulary_size"] < 1_000 and not expected["vocabulary_is_bound"]
+    assert run.parameters == expected["parameters"]
+    assert any("no more than" in warning for warning in expected["warnings"])
+
+
+# --- memory --------------------------------------------------------------------------------------
+
+VOCABULARY = 40_000
+PEAK = """
+import sys
+from pathlib import Path
+from potluck.cli import main
+try:
+    main()
+except SystemExit as end:
+    assert not end.code, end.code
+status = Path("/proc/self/status").read_text()
+print("peak", next(int(line.split()[1]) << 10 for line in status.splitlines() if line.startswith("VmHWM:")))
+"""
+
+
+def tokenizer_of(folder: Path) -> dict[str, Any]:
+    """A tokenizer of bytes with many words that no text has."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+
+    words = [*sorted(pre_tokenizers.ByteLevel.alphabet()), *(f"word {n}" for n in range(VOCABULARY - 257))]
+    tokenizer = Tokenizer(models.BPE(vocab={word: n for n, word in enumerate(words)}, merges=[]))
+    tokenizer.pre_tokenizer, tokenizer.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    tokenizer.add_special_tokens(["<|endoftext|>"])
+    folder.mkdir()
+    tokenizer.save(str(folder / "tokenizer.json"))
+    (folder / "tokenizer_config.json").write_text(json.dumps({"eos_token": "<|endoftext|>"}))
+    return {"kind": "folder", "path": str(folder)}
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="peaks are read from Linux")
+@pytest.mark.parametrize(
+    "local",
+    [{"batch_size": 12, "sequence_length": 64}, {"batch_size": 1, "sequence_length": 16}],
+    ids=["a step needs most", "an evaluation needs most"],
+)
+def test_the_peak_of_memory_with_a_large_vocabulary(
+    potluck: Potluck, tables: Tables, tmp_path: Path, local: dict[str, int]
+) -> None:
+    data = {**tables["data"], "validation_bytes": 4_000, "validation_fraction": 0.5}
+    tables = {**tables, "tokenizer": tokenizer_of(tmp_path / "words"), "local": local, "data": data}
+    recipe = potluck.recipe(tables, rounds={"count": 1, "local_steps": 1})
+    expected = potluck("check", recipe, "--json").result
+    words = ["train", str(recipe), "--set", f"records.folder={tmp_path / 'run'}"]
+    done = subprocess.run([sys.executable, "-c", PEAK, *words], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    peak = int(done.stdout.rpartition("peak ")[2])
+    assert 0.85 * peak < expected["process_bytes"] < 1.15 * peak
+    assert expected["process_bytes"] > expected["device_bytes"] + expected["coordinator_bytes"]
 
 
 SLOW = {"steps_per_second": 2.0, "uplink": 1.0, "downlink": 2.0, "latency": 50.0}
