@@ -32,6 +32,8 @@ WITHOUT_TORCH = [
     "potluck.updates.framing",
     "potluck.traffic",
     "potluck.preflight",
+    "potluck.footprint",
+    "potluck.measured",
     "potluck.planning",
     "potluck.cli",
 ]
