@@ -63,6 +63,11 @@ def affordable(model: PreTrainedModel, tokens: int, operations: float, fewest: i
     return max(fewest, min(most, int(operations / (2 * parameters * tokens))))
 
 
+def stretch(model: PreTrainedModel, length: int = 128) -> int:
+    """So many tokens, or as many as the model's context holds."""
+    return min(length, int(getattr(model.config, "max_position_embeddings", 0) or length))
+
+
 def held_out(texts: Sequence[str], vocabulary: Vocabulary, length: int) -> tuple[np.ndarray, np.ndarray | None]:
     """A text as token ids, to train on and to measure on: whole documents, about a tenth of them all.
 

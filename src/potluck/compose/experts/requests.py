@@ -16,7 +16,7 @@ from transformers import AutoTokenizer, FlexOlmoForCausalLM, PreTrainedModel
 
 from potluck.compose.adapter import save_adapter
 from potluck.compose.base import Base, load_base, texts_of, token_stream
-from potluck.compose.effect import compared, held_out, losses, warnings_of
+from potluck.compose.effect import compared, held_out, losses, stretch, warnings_of
 from potluck.compose.experts import flex_olmo
 from potluck.compose.experts.assembly import assembled, router_parameters, tune_router, without
 from potluck.compose.experts.parts import load_expert, save_expert, stream_hash
@@ -32,7 +32,6 @@ from potluck.recipe.schema import ModelFolder
 RECORD_FILE = "experts.json"
 UNTUNED_FILE = "untuned_router.safetensors"
 _RANK = 8
-_LENGTH = 128  # tokens of a stretch whose loss is measured
 PartKind = Literal["adapter", "low-rank", "full"]
 Form = Literal["mixture", "flex-olmo"]
 Step = Callable[[int], None]
@@ -187,7 +186,7 @@ def assemble(
 
 def _on_public(base: Base, model: PreTrainedModel, known: np.ndarray, out: Path, device: str) -> dict[str, Any]:
     """What a mixture does to public text."""
-    length = min(_LENGTH, context_length(ModelFolder(path=base.place)), len(known) - 1)
+    length = min(stretch(base.model), len(known) - 1)
     effect = compared(losses(base.model, known, length, device), losses(model, known, length, device), length)
     return {"effect": {"general": effect.table()}, "warnings": warnings_of(str(out), None, effect)}
 

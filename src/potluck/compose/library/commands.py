@@ -13,7 +13,7 @@ from torch import Tensor
 
 from potluck.compose.adapter import Adapter, load_adapter, save_adapter
 from potluck.compose.base import Base, load_base, texts_of, token_stream
-from potluck.compose.effect import Effect, compared, losses, warnings_of
+from potluck.compose.effect import Effect, compared, losses, stretch, warnings_of
 from potluck.compose.fit import adds_something, check_adapter
 from potluck.compose.library.cards import SPECIFICATION_FILE, card_of
 from potluck.compose.library.clustering import cluster_adapters
@@ -289,7 +289,7 @@ def route(
         size = base.model.config.vocab_size
         profiles = {name: profile_of(library, name, size) for name in adapters} if routing.by == "evidence" else {}
     progress(f"measuring {len(stream)} tokens without the adapters")
-    alone = loss_on(base.model, stream, _SEQUENCE)
+    alone = loss_on(base.model, stream, stretch(base.model, _SEQUENCE))
     progress(f"measuring {len(stream)} tokens with them")
     loss, shares = _routed(base, adapters, profiles, stream, routing)
     return {
@@ -310,12 +310,12 @@ def _routed(
     """The loss, and each adapter's share, largest first."""
     if routing.by == "evidence":
         with by_evidence(base.model, adapters, profiles, Evidence(routing.top_k)) as posterior:
-            loss = loss_on(base.model, stream, _SEQUENCE)
+            loss = loss_on(base.model, stream, stretch(base.model, _SEQUENCE))
             given = zip(adapters, posterior.mean_shares(), strict=True)
             return loss, dict(sorted(given, key=lambda pair: -pair[1]))
     settings = Arrow(routing.top_k or min(_TOP_K, len(adapters)), routing.temperature or 1.0)
     with arrow(base.model, adapters, settings) as routed:
-        return loss_on(base.model, stream, _SEQUENCE), mean_shares(routed)
+        return loss_on(base.model, stream, stretch(base.model, _SEQUENCE)), mean_shares(routed)
 
 
 def _of_routing(alone: float, routed: float) -> list[str]:
@@ -339,9 +339,10 @@ def _adapters(library: Library, names: list[str]) -> Mapping[str, Adapter]:
 
 
 def _effect(base: Base, adapter: Adapter, stream: np.ndarray) -> Effect:
-    before = losses(base.model, stream, _SEQUENCE)
+    length = stretch(base.model, _SEQUENCE)
+    before = losses(base.model, stream, length)
     with attached(base.model, adapter):
-        return compared(before, losses(base.model, stream, _SEQUENCE), _SEQUENCE, seen=True)
+        return compared(before, losses(base.model, stream, length), length, seen=True)
 
 
 def _stream(base: Base, data: Path) -> np.ndarray:

@@ -7,16 +7,16 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 from torch import Tensor
-from transformers import AutoTokenizer
+from transformers import AutoTokenizer, PreTrainedModel
 
 from potluck.aggregation.statistics import Statistics
 from potluck.compose.adapter import ABOUT_FILE, CONFIG_FILE, WEIGHTS_FILE, Adapter, load_adapter, save_adapter
 from potluck.compose.base import Base, load_base, texts_of, token_stream
-from potluck.compose.effect import compared, losses
+from potluck.compose.effect import compared, losses, stretch
 from potluck.compose.fit import check_adapter, without_effect
 from potluck.compose.lora import attached, merge_into
 from potluck.compose.merging.adapters import ADAPTER_METHODS, MEASURED, merge_adapters
@@ -25,7 +25,6 @@ from potluck.compose.statistics import load_statistics
 from potluck.errors import ModelError, RecipeError
 from potluck.files import appearing, storing, write_text
 
-_LENGTH = 128  # tokens of a stretch whose loss is measured
 FLAGS = {"scale": "--lambda"}  # of settings whose option is not called as they are
 
 
@@ -58,6 +57,29 @@ class Request:
     data: Path | None = None
 
 
+@dataclass(frozen=True)
+class _Look:
+    """A text, and the base's losses on it."""
+
+    stream: np.ndarray
+    length: int
+    before: Tensor
+
+    @classmethod
+    def at(cls, base: Base, data: Path) -> Self:
+        stream, length = token_stream(texts_of(data), base.vocabulary), stretch(base.model)
+        return cls(stream, length, losses(base.model, stream, length))
+
+    def compared(self, merged: PreTrainedModel, out: Path) -> dict[str, Any]:
+        """``effect`` of a merge, and ``warnings`` if it has none or does harm."""
+        effect = compared(self.before, losses(merged, self.stream, self.length), self.length)
+        figures = f"{effect.before:.3f} to {effect.after:.3f} nats per token"
+        said = [f"{out}: worse than the base on this text: {figures}"] if effect.harms() else []
+        if not effect.change:
+            said = [f"{out}: no different from the base on this text: {figures}"]
+        return {"effect": effect.table(), "warnings": said}
+
+
 def carry_out(request: Request) -> dict[str, Any]:
     """Merge, write the result, and say what was done; ``potluck.json`` in the folder says it too.
 
@@ -79,12 +101,10 @@ def carry_out(request: Request) -> dict[str, Any]:
         "merging full models", rank=request.rank, into_base=request.into_base, statistics=request.statistics or None
     )
     method = chosen(MODEL_METHODS, request.method, request.settings)
-    before, stream = (None, None) if request.data is None else _before(load_base(_base_of(request)), request.data)
+    look = None if request.data is None else _Look.at(load_base(_base_of(request)), request.data)
     facts = merge_models(request.parts, request.out, method, request.weights, request.base)
-    found: dict[str, Any] = {"model": str(request.out), **facts, "warnings": []}
-    if before is not None and stream is not None:
-        found |= _said(request.out, before, losses(load_base(request.out).model, stream, _LENGTH))
-    return found
+    said = {} if look is None else look.compared(load_base(request.out).model, request.out)
+    return {"model": str(request.out), **facts, "warnings": [], **said}
 
 
 def chosen(methods: Mapping[str, type[Any]], name: str, settings: Mapping[str, Any]) -> Any:
@@ -117,12 +137,12 @@ def _merged_adapters(request: Request) -> dict[str, Any]:
         doubts = [doubt for folder, adapter in parts for doubt in check_adapter(base, adapter, str(folder))]
     sources = [{"folder": str(folder), "sha256": _sha256(folder / WEIGHTS_FILE)} for folder in request.parts]
     effect: dict[str, Any] = {}
+    look = None if base is None or request.data is None else _Look.at(base, request.data)
     with appearing(request.out) as folder:
         merged = merge_adapters(adapters, method, request.weights, request.rank, statistics)
-        if base is not None and request.data is not None:
-            before, stream = _before(base, request.data)
+        if base is not None and look is not None:
             with attached(base.model, merged):
-                effect = _said(request.out, before, losses(base.model, stream, _LENGTH))
+                effect = look.compared(base.model, request.out)
             base.model.cpu()
         doubts += effect.pop("warnings", [])
         merged = replace(merged, about={**merged.about, "rank": merged.rank, "sources": sources, **effect})
@@ -157,21 +177,6 @@ def _base_of(request: Request) -> Path:
     base = request.base or request.into_base
     assert base is not None
     return base
-
-
-def _before(base: Base, data: Path) -> tuple[Tensor, np.ndarray]:
-    """The base's losses on a text, and the text."""
-    stream = token_stream(texts_of(data), base.vocabulary)
-    return losses(base.model, stream, _LENGTH), stream
-
-
-def _said(out: Path, before: Tensor, after: Tensor) -> dict[str, Any]:
-    effect = compared(before, after, _LENGTH)
-    figures = f"{effect.before:.3f} to {effect.after:.3f} nats per token"
-    said = [f"{out}: worse than the base on this text: {figures}"] if effect.harms() else []
-    if not effect.change:
-        said = [f"{out}: no different from the base on this text: {figures}"]
-    return {"effect": effect.table(), "warnings": said}
 
 
 def _holds_adapters(parts: Sequence[Path]) -> bool:
