@@ -18,7 +18,7 @@ from potluck.embedded import Workplace, prepare
 from potluck.local.evaluate import negative_log_likelihood
 from potluck.recipe import Recipe
 from potluck.recipe.local import AdamW, Cosine
-from potluck.recipe.schema import OuterNesterov, OuterSgd
+from potluck.recipe.outer import OuterNesterov, OuterSgd
 from potluck.recipe.seeds import seed_of
 
 PYTHON = Path(".venv-peers/bin/python")

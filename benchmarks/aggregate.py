@@ -33,7 +33,7 @@ from torch import Tensor
 from benchmarks._measure import Measurement, main, measured, paired, seconds
 from potluck.aggregation.mean import WeightedMean
 from potluck.aggregation.outer import init_outer, outer_step
-from potluck.recipe.schema import OuterNesterov
+from potluck.recipe.outer import OuterNesterov
 
 RULE = OuterNesterov()
 _LAYER = 1_000_000  # elements

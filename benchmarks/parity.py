@@ -40,7 +40,7 @@ from benchmarks._parity_cases import (
     run_case,
 )
 from potluck.recipe import recipe_hash
-from potluck.recipe.schema import OuterSgd
+from potluck.recipe.outer import OuterSgd
 
 
 def outcomes(size: Size, folder: Path, wanted: str, run: bool) -> list[Outcome]:

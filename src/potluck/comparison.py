@@ -11,14 +11,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from itertools import islice
 from pathlib import Path
 
 from potluck.recipe import Recipe
-from potluck.recipe.schema import OuterSgd
+from potluck.recipe.outer import OuterSgd
 from potluck.recipe.updates import Updates
 from potluck.records.folder import POOLED, Variant
-from potluck.rounds.sampling import asked_by_round
+from potluck.rounds.sampling import asked_in
 
 
 @dataclass(frozen=True)
@@ -41,12 +40,6 @@ def planned_runs(recipe: Recipe, folder: Path, pooled: bool) -> Iterator[Planned
     if pooled:  # it keeps how many are asked: so many batches make a step
         asked = {"participants_per_round": recipe.rounds.participants_per_round}
         yield Planned(folder / POOLED, Variant("pooled", (POOLED,)), _solo(recipe, len(rounds), asked))
-
-
-def asked_in(recipe: Recipe) -> list[list[str]]:
-    """Who is asked in each round of a recipe."""
-    names, settings = recipe.participant_names, recipe.rounds
-    return list(islice(asked_by_round(names, recipe.asked_per_round, settings.sampling, recipe.seed), settings.count))
 
 
 def _solo(recipe: Recipe, rounds: int, changes: Mapping[str, object]) -> Recipe:

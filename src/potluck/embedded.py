@@ -14,7 +14,6 @@ import torch
 import transformers
 from torch import Tensor
 
-from potluck.comparison import asked_in
 from potluck.contribution import HeldOutText, ParticipantInfo
 from potluck.corpus.batches import Batches, Seat, documents_drawn
 from potluck.corpus.shards import Corpus, Holding, Shard, build_corpus
@@ -36,6 +35,7 @@ from potluck.recipe.seeds import seed_of
 from potluck.records.checkpoint import Checkpoint, load_checkpoint
 from potluck.records.events import Listener
 from potluck.records.folder import Variant, open_run
+from potluck.rounds.sampling import asked_in
 from potluck.run import Facts, Parts, Run
 from potluck.updates.codec import wire_bytes
 from potluck.updates.fragments import Fragment, fragments_of

@@ -14,7 +14,7 @@ from potluck.models.shapes import frozen_count
 from potluck.recipe import Recipe
 from potluck.recipe.engine import Nats
 from potluck.recipe.local import AdamW, Muon
-from potluck.recipe.schema import OuterAdagrad, OuterAdam, OuterNesterov, OuterSgd, OuterYogi
+from potluck.recipe.outer import OuterAdagrad, OuterAdam, OuterNesterov, OuterSgd, OuterYogi
 from potluck.recipe.updates import ErrorFeedback, FullDownload, QuantizedDownload
 from potluck.traffic import Messages
 from potluck.updates.sizes import payload_bytes

@@ -25,8 +25,8 @@ from potluck.local.streams import AdaptiveState, stream_steps
 from potluck.local_state import LocalState
 from potluck.models.flat import state_hash
 from potluck.recipe import Recipe
+from potluck.recipe.outer import OuterNesterov
 from potluck.recipe.schedules import rate_factor
-from potluck.recipe.schema import OuterNesterov
 from potluck.recipe.seeds import seed_of
 from potluck.recipe.updates import Streaming
 from potluck.updates.download import absorb

@@ -21,7 +21,8 @@ from potluck.measured import CODECS, RANDOM, TRAINED, Judgement, judged
 from potluck.models.shapes import Shapes, parameter_shapes
 from potluck.preflight import vocabulary_size
 from potluck.recipe import Recipe
-from potluck.recipe.schema import ModelFolder, OuterNesterov, OuterSgd
+from potluck.recipe.outer import OuterNesterov, OuterSgd
+from potluck.recipe.schema import ModelFolder
 from potluck.recipe.sources import Profile
 from potluck.recipe.updates import FullDownload, Overlap, Streaming, Updates
 from potluck.traffic import Messages, exchanges

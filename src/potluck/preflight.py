@@ -15,7 +15,8 @@ from potluck.footprint import footprint, moments
 from potluck.measured import WHERE
 from potluck.models.shapes import check_context, parameter_shapes
 from potluck.recipe import Recipe
-from potluck.recipe.schema import Bpe, Bytes, OuterNesterov
+from potluck.recipe.outer import outer_warnings
+from potluck.recipe.schema import Bpe, Bytes
 from potluck.recipe.updates import (
     BlockTopK,
     DctTopK,
@@ -260,11 +261,7 @@ def _warnings(recipe: Recipe, epochs: float | None) -> Iterator[str]:
     if recipe.records.checkpoint_every > max(1, rounds.count):
         yield f"records.checkpoint_every {recipe.records.checkpoint_every}: only the first state and the last are saved"
     steps = rounds.count // recipe.fragments
-    if isinstance(recipe.outer, OuterNesterov) and recipe.outer.momentum >= 0.9 and steps < 100:
-        yield (
-            f"outer.momentum {recipe.outer.momentum} over {steps} outer steps: over 10 it did worse than training "
-            'alone, between 10 and 100 nothing was measured (docs/log.md); plain averaging is outer.kind = "sgd"'
-        )
+    yield from outer_warnings(recipe.outer, recipe.local.optimizer, recipe.fragments * recipe.local_steps, steps)
     if epochs is not None and epochs > 40:
         yield f"each participant passes over its own text about {epochs:.0f} times: expect it to be learnt by heart"
     if not recipe.local.keep_optimizer and not moments(recipe.local.optimizer):

@@ -14,7 +14,7 @@ from potluck.contribution import Scalar
 from potluck.errors import RecipeError
 from potluck.models.shapes import Shapes
 from potluck.recipe import Recipe
-from potluck.recipe.schema import OuterAdagrad, OuterAdam, OuterSgd, OuterSign, OuterYogi
+from potluck.recipe.outer import OuterAdagrad, OuterAdam, OuterSgd, OuterSign, OuterYogi
 from potluck.recipe.updates import (
     BlockTopK,
     DeltaDownload,

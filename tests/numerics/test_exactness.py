@@ -18,7 +18,7 @@ from potluck.aggregation.mean import WeightedMean
 from potluck.aggregation.outer import init_outer, outer_step
 from potluck.contribution import Contribution
 from potluck.models.build import build_model
-from potluck.recipe.schema import Outer
+from potluck.recipe.outer import Outer
 
 RULES = [
     {"kind": "sgd"},
@@ -26,9 +26,9 @@ RULES = [
     {"kind": "sgd", "learning_rate": 0.5, "momentum": 0.8},
     {"kind": "nesterov"},
     {"kind": "nesterov", "momentum": 0.0},
-    {"kind": "adam"},
-    {"kind": "yogi", "learning_rate": 0.1},
-    {"kind": "adagrad", "beta1": 0.5},
+    {"kind": "adam", "learning_rate": 0.1, "beta1": 0.9, "epsilon": 1e-3},
+    {"kind": "yogi", "learning_rate": 0.1, "beta1": 0.9, "epsilon": 1e-3},
+    {"kind": "adagrad", "learning_rate": 0.1, "beta1": 0.5, "epsilon": 1e-3},
     {"kind": "sign", "learning_rate": 0.1, "weight_decay": 0.2},
 ]
 each_rule = pytest.mark.parametrize("table", RULES, ids=lambda table: "-".join(map(str, table.values())))

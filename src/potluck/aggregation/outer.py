@@ -15,7 +15,16 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from potluck.recipe.schema import Outer, OuterAdagrad, OuterAdam, OuterNesterov, OuterSgd, OuterSign, OuterYogi
+from potluck.recipe.outer import (
+    Adaptive,
+    Outer,
+    OuterAdagrad,
+    OuterAdam,
+    OuterNesterov,
+    OuterSgd,
+    OuterSign,
+    OuterYogi,
+)
 
 OuterState = dict[str, Tensor]
 Mean = Literal["parameters", "pseudo-gradient"]
@@ -30,7 +39,8 @@ def init_outer(rule: Outer, theta: Tensor) -> OuterState:
     """
     if isinstance(rule, OuterNesterov) or (isinstance(rule, OuterSgd) and rule.momentum):
         return {"momentum": torch.zeros_like(theta)}
-    if isinstance(rule, OuterAdam | OuterYogi | OuterAdagrad):
+    if isinstance(rule, Adaptive):
+        assert rule.epsilon is not None  # of a complete rule
         return {"m": torch.zeros_like(theta), "v": torch.full_like(theta, rule.epsilon**2)}
     return {}
 
@@ -41,7 +51,7 @@ def outer_step(
     """Take one outer step in place.
 
     Args:
-        rule: The recipe's ``outer`` table.
+        rule: The recipe's ``outer_rule``.
         theta: Shared state, or a fragment of it, fp32 ``(N,)``; becomes the next one.
         mean: Weighted mean of the participants' parameters or pseudo-gradients, fp32 ``(N,)``.
         state: From ``init_outer`` for the same elements; updated in place.
@@ -85,8 +95,9 @@ def _apply(rule: Outer, theta: Tensor, delta: Tensor, slots: dict[str, Tensor], 
             _adaptive(rule, theta, delta, slots["m"], slots["v"])
 
 
-def _adaptive(rule: OuterAdam | OuterYogi | OuterAdagrad, theta: Tensor, delta: Tensor, m: Tensor, v: Tensor) -> None:
+def _adaptive(rule: Adaptive, theta: Tensor, delta: Tensor, m: Tensor, v: Tensor) -> None:
     """FedOpt (arXiv 2003.00295, algorithm 2): theta <- theta - eta m / (sqrt(v) + epsilon), v_0 = epsilon^2."""
+    assert rule.epsilon is not None and rule.learning_rate is not None  # of a complete rule
     m.mul_(rule.beta1).add_(delta, alpha=1 - rule.beta1)
     match rule:
         case OuterAdam(beta2=beta2):

@@ -16,6 +16,7 @@ from potluck.recipe.adaptive import adaptive_faults
 from potluck.recipe.editing import Editing, editing_faults
 from potluck.recipe.engine import HOUR, Engine, InProcess, Nats, engine_faults
 from potluck.recipe.local import Local
+from potluck.recipe.outer import Outer, OuterSgd, complete
 from potluck.recipe.schedules import schedule_fault
 from potluck.recipe.sources import Data, Participant
 from potluck.recipe.table import Table, setting
@@ -149,63 +150,6 @@ class Rounds(Table):
     )
 
 
-class OuterSgd(Table):
-    """theta <- theta - eta b, b <- mu b + Delta; eta 1 and mu 0 is FedAvg (arXiv 1602.05629)."""
-
-    kind: Literal["sgd"] = setting("sgd", "SGD; with the defaults the plain mean (FedAvg).")
-    learning_rate: float = setting(1.0, "Outer learning rate (eta).", gt=0)
-    momentum: float = setting(0.0, "Heavy-ball momentum (mu).", unit="per round", ge=0, lt=1)
-
-
-class OuterNesterov(Table):
-    """theta <- theta - eta (Delta + mu b), b <- mu b + Delta: DiLoCo (arXiv 2311.08105)."""
-
-    kind: Literal["nesterov"] = setting("nesterov", "Nesterov momentum (DiLoCo).")
-    learning_rate: float = setting(0.7, "Outer learning rate (eta).", gt=0)
-    momentum: float = setting(0.9, "Momentum (mu).", unit="per round", ge=0, lt=1)
-
-
-class OuterAdam(Table):
-    """FedAdam (arXiv 2003.00295)."""
-
-    kind: Literal["adam"] = setting("adam", "FedAdam.")
-    learning_rate: float = setting(0.1, "Outer learning rate (eta).", gt=0)
-    beta1: float = setting(0.9, "Decay of the first moment.", unit="per round", ge=0, lt=1)
-    beta2: float = setting(0.99, "Decay of the second moment.", unit="per round", ge=0, lt=1)
-    epsilon: float = setting(1e-3, "Bounds the adaptivity (tau in the paper).", gt=0)
-
-
-class OuterYogi(Table):
-    """FedYogi (arXiv 2003.00295)."""
-
-    kind: Literal["yogi"] = setting("yogi", "FedYogi.")
-    learning_rate: float = setting(0.01, "Outer learning rate (eta).", gt=0)
-    beta1: float = setting(0.9, "Decay of the first moment.", unit="per round", ge=0, lt=1)
-    beta2: float = setting(0.99, "Decay of the second moment.", unit="per round", ge=0, lt=1)
-    epsilon: float = setting(1e-3, "Bounds the adaptivity (tau in the paper).", gt=0)
-
-
-class OuterAdagrad(Table):
-    """FedAdagrad (arXiv 2003.00295)."""
-
-    kind: Literal["adagrad"] = setting("adagrad", "FedAdagrad.")
-    learning_rate: float = setting(0.1, "Outer learning rate (eta).", gt=0)
-    beta1: float = setting(0.0, "Decay of the first moment.", unit="per round", ge=0, lt=1)
-    epsilon: float = setting(1e-3, "Bounds the adaptivity (tau in the paper).", gt=0)
-
-
-class OuterSign(Table):
-    """theta <- theta - eta r sign(Delta), with r the local schedule's factor: signum (DeMo, arXiv 2411.19870)."""
-
-    kind: Literal["sign"] = setting("sign", "Steps of one size along the sign of the pseudo-gradient (DeMo).")
-    learning_rate: float = setting(1e-3, "Peak step (eta); it follows `local.schedule`.", gt=0)
-    weight_decay: float = setting(0.0, "Decoupled decay: theta <- (1 - eta r decay) theta before each step.", ge=0)
-
-
-Outer = Annotated[
-    OuterSgd | OuterNesterov | OuterAdam | OuterYogi | OuterAdagrad | OuterSign, Field(discriminator="kind")
-]
-
 # --- where and how -----------------------------------------------------------------------------
 
 
@@ -290,6 +234,11 @@ class Recipe(Table):
     def total_local_steps(self) -> int:
         """Local steps of the run: the horizon of the learning-rate schedule."""
         return self.rounds.count * self.local_steps
+
+    @property
+    def outer_rule(self) -> Outer:
+        """The outer optimizer, with what the recipe leaves out taken from its local steps."""
+        return complete(self.outer, self.local.optimizer, self.fragments * self.local_steps)
 
     @property
     def fragments(self) -> int:

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from itertools import islice
 from typing import Literal
 
 import numpy as np
+
+from potluck.recipe import Recipe
 
 
 def asked_by_round(
@@ -30,3 +33,9 @@ def asked_by_round(
                 missing = count - len(chosen)
                 chosen, deck = chosen + deck[:missing], deck[missing:]
         yield [names[i] for i in sorted(chosen)]
+
+
+def asked_in(recipe: Recipe) -> list[list[str]]:
+    """Who is asked in each round of a recipe."""
+    names, settings = recipe.participant_names, recipe.rounds
+    return list(islice(asked_by_round(names, recipe.asked_per_round, settings.sampling, recipe.seed), settings.count))

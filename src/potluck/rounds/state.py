@@ -87,6 +87,6 @@ class SharedState:
 
 def begin(recipe: Recipe, theta: Tensor, fragments: tuple[Fragment, ...]) -> SharedState:
     """The shared state before the first round."""
-    outer = tuple(init_outer(recipe.outer, fragment.take(theta)) for fragment in fragments)
+    outer = tuple(init_outer(recipe.outer_rule, fragment.take(theta)) for fragment in fragments)
     downloads = Downloads(recipe.updates.download, fragments)
     return SharedState(theta, fragments, outer, downloads, outlived=recipe.keeps_late)

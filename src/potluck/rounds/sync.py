@@ -243,7 +243,7 @@ def _outer_step(recipe: Recipe, shared: SharedState, asked: Asked, mean: Tensor)
     elements = asked.fragment.take(shared.theta)
     before = elements.clone()
     rate = rate_factor(recipe.local.schedule, shared.revision * recipe.local_steps, recipe.total_local_steps)
-    norm = outer_step(recipe.outer, elements, mean, shared.outer[place], asked.of, rate)
+    norm = outer_step(recipe.outer_rule, elements, mean, shared.outer[place], asked.of, rate)
     asked.fragment.put(shared.theta, elements)
     shared.revision += 1
     shared.downloads.settle(shared.theta, before, shared.revision)
