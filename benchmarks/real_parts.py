@@ -35,7 +35,7 @@ from potluck.compose.base import Base, load_base, token_stream
 from potluck.compose.decoding.decode import Sampling, decode
 from potluck.compose.decoding.models import Here
 from potluck.compose.decoding.rules import Speculative
-from potluck.compose.effect import losses
+from potluck.compose.effect import losses, stretches
 from potluck.compose.experts.assembly import assembled, routing_shares
 from potluck.compose.experts.parts import Expert, load_expert, save_expert
 from potluck.compose.experts.training import train_expert
@@ -154,7 +154,8 @@ class Place:
 
     def losses(self, model: Any, names: Sequence[str] = ()) -> Losses:
         chosen = names or tuple(self.measured)
-        return {name: float(losses(model, self.measured[name], _LENGTH, "cpu").mean()) for name in chosen}
+        rows = {name: stretches(self.base.model, self.measured[name], _LENGTH) for name in chosen}
+        return {name: float(losses(model, read, "cpu").mean()) for name, read in rows.items()}
 
     def known(self, name: str, make: Callable[[], Any]) -> Any:
         """Figures that were had before, or that are had now and kept."""

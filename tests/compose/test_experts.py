@@ -17,6 +17,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, Olmo2Config, Olmo2ForCau
 from typer.testing import CliRunner
 
 from potluck.cli.experts import expert as verbs
+from potluck.compose import effect
 from potluck.compose.adapter import load_adapter
 from potluck.compose.base import Base, load_base, texts_of, token_stream
 from potluck.compose.effect import held_out
@@ -346,17 +347,29 @@ def test_a_part_tells_what_it_does_to_text_it_has_not_seen(
     """In what is printed and in its own record; one that was trained too hard says that it does harm."""
     public, out = place / "public.txt", tmp_path / "gentle"
     gentle = train(learned, place / "ada.txt", out, kind, replace(LESSON, steps=30), public=public)
-    effect = gentle["effect"]
-    assert effect["own"]["after"] < effect["own"]["before"] and not effect["own"]["seen"]
+    own = gentle["effect"]["own"]
+    assert own["after"] < own["before"] and not own["seen"]
     assert all("general text is worse with it" in warning for warning in gentle["warnings"])
     kept = load_adapter(out).about if kind == "adapter" else load_expert(out).about
-    assert kept["effect"] == effect and kept["training"]["learning_rate"] == LESSON.learning_rate
+    assert kept["effect"] == gentle["effect"] and kept["training"]["learning_rate"] == LESSON.learning_rate
     wild = replace(LESSON, learning_rate=3.0)
     found = train(learned, place / "ada.txt", tmp_path / "wild", kind, wild, public=public)["warnings"]
     assert any("does harm" in warning and "a rate of 3:" in warning for warning in found)
     idle = replace(LESSON, learning_rate=1e-9)
     (said,) = train(learned, place / "ada.txt", tmp_path / "idle", kind, idle, public=public)["warnings"]
     assert "has no effect" in said
+
+
+@pytest.mark.parametrize("kind", ["adapter", "full"])
+def test_a_part_is_measured_on_the_stretches_that_its_base_affords(
+    place: Path, tmp_path: Path, kind: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With a part there are more parameters, and no fewer stretches."""
+    parameters = sum(parameter.numel() for parameter in load_base(place / "llama").model.parameters())
+    monkeypatch.setattr(effect, "_OPERATIONS", 2 * parameters * LESSON.sequence_length * 9.01)
+    given = (place / "llama", place / "ada.txt", tmp_path / "out")
+    found = train(*given, kind, replace(LESSON, steps=1), public=place / "public.txt")["effect"]
+    assert found["general"]["tokens"] == 9 * LESSON.sequence_length
 
 
 def test_rates_fall_with_the_width_of_the_base(base: Base) -> None:

@@ -91,24 +91,28 @@ def held_out(texts: Sequence[str], vocabulary: Vocabulary, length: int) -> tuple
     return np.concatenate([s for number, s in enumerate(streams) if number not in kept]), np.concatenate(measured)
 
 
-def losses(model: PreTrainedModel, stream: np.ndarray, length: int, device: str = "auto") -> Tensor:
-    """Mean loss of each stretch that is measured, nats per token, float64 ``(n,)``.
+def stretches(base: PreTrainedModel, stream: np.ndarray, length: int) -> list[np.ndarray]:
+    """What is read of a text to measure on it, with any part: ``(length + 1,)`` token ids each, spread evenly."""
+    count = (len(stream) - 1) // length
+    most = affordable(base, length, _OPERATIONS, _FEWEST, _MOST)
+    chosen = np.linspace(0, count - 1, min(count, most)).round().astype(int)
+    return [stream[at * length : at * length + length + 1] for at in chosen] or [stream]
+
+
+def losses(model: PreTrainedModel, rows: Sequence[np.ndarray], device: str = "auto") -> Tensor:
+    """Mean loss of each of some `stretches`, nats per token, float64 ``(n,)``.
 
     Raises:
-        CorpusError: The text is shorter than two tokens.
+        CorpusError: A stretch has fewer than two tokens, or more than the model can read.
     """
-    count = (len(stream) - 1) // length
-    most = affordable(model, length, _OPERATIONS, _FEWEST, _MOST)
-    chosen = np.linspace(0, count - 1, min(count, most)).round().astype(int)
-    rows = [stream[at * length : at * length + length + 1] for at in chosen] or [stream]
     return example_losses(model, rows, device, "fp32").double()
 
 
-def compared(before: Tensor, after: Tensor, length: int, seen: bool = False) -> Effect:
+def compared(before: Tensor, after: Tensor, rows: Sequence[np.ndarray], seen: bool = False) -> Effect:
     """What changed, from `losses` of the same stretches."""
     change = after - before
     error = float(change.std() / len(change) ** 0.5) if len(change) > 1 else 0.0
-    return Effect(float(before.mean()), float(after.mean()), error, len(change) * length, seen)
+    return Effect(float(before.mean()), float(after.mean()), error, sum(len(row) - 1 for row in rows), seen)
 
 
 def warnings_of(what: str, own: Effect | None, general: Effect | None = None) -> list[str]:

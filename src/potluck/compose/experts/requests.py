@@ -16,7 +16,7 @@ from transformers import AutoTokenizer, FlexOlmoForCausalLM, PreTrainedModel
 
 from potluck.compose.adapter import save_adapter
 from potluck.compose.base import Base, load_base, texts_of, token_stream
-from potluck.compose.effect import compared, held_out, losses, stretch, warnings_of
+from potluck.compose.effect import compared, held_out, losses, stretch, stretches, warnings_of
 from potluck.compose.experts import flex_olmo
 from potluck.compose.experts.assembly import assembled, router_parameters, tune_router, without
 from potluck.compose.experts.parts import load_expert, save_expert, stream_hash
@@ -39,25 +39,30 @@ Step = Callable[[int], None]
 
 @dataclass(frozen=True)
 class _Look:
-    """Where a part's effect is seen: text of its kind that was kept back, if there is enough, and general text."""
+    """Where a part's effect is seen.
 
-    kept: np.ndarray | None
-    own: np.ndarray
-    general: np.ndarray | None
+    Attributes:
+        own: Stretches of text of its kind, kept back unless ``seen``: there was too little.
+        general: Of public text, if there is any.
+    """
+
+    own: Sequence[np.ndarray]
+    general: Sequence[np.ndarray] | None
+    seen: bool
     lesson: Lesson
 
     def at(self, model: PreTrainedModel) -> tuple[Tensor, Tensor | None]:
-        length, device = self.lesson.sequence_length, self.lesson.device
-        mine = losses(model, self.own if self.kept is None else self.kept, length, device)
-        return mine, None if self.general is None else losses(model, self.general, length, device)
+        device = self.lesson.device
+        general = None if self.general is None else losses(model, self.general, device)
+        return losses(model, self.own, device), general
 
     def compared(
         self, before: tuple[Tensor, Tensor | None], after: tuple[Tensor, Tensor | None], out: Path
     ) -> dict[str, Any]:
         """``effect`` and ``warnings`` of a part."""
-        length = self.lesson.sequence_length
-        own = compared(before[0], after[0], length, self.kept is None)
-        general = None if before[1] is None or after[1] is None else compared(before[1], after[1], length)
+        own, general = compared(before[0], after[0], self.own, self.seen), None
+        if self.general is not None and before[1] is not None and after[1] is not None:
+            general = compared(before[1], after[1], self.general)
         effect = {"own": own.table()} | ({} if general is None else {"general": general.table()})
         what = f"{out}, trained at a rate of {self.lesson.learning_rate:g}"
         return {"effect": effect, "warnings": warnings_of(what, own, general)}
@@ -121,7 +126,9 @@ def train(
     lesson = settled(lesson, base.model, "full" if kind == "full" else "low-rank")
     own, kept = held_out(texts_of(data), base.vocabulary, lesson.sequence_length)
     known = None if public is None else token_stream(texts_of(public), base.vocabulary)
-    look = _Look(kept, own, known, lesson)
+    length = lesson.sequence_length
+    mine = stretches(base.model, own if kept is None else kept, length)
+    look = _Look(mine, None if known is None else stretches(base.model, known, length), kept is None, lesson)
     before = look.at(base.model)
     with appearing(out) as folder:
         if kind == "adapter":
@@ -186,8 +193,8 @@ def assemble(
 
 def _on_public(base: Base, model: PreTrainedModel, known: np.ndarray, out: Path, device: str) -> dict[str, Any]:
     """What a mixture does to public text."""
-    length = min(stretch(base.model), len(known) - 1)
-    effect = compared(losses(base.model, known, length, device), losses(model, known, length, device), length)
+    rows = stretches(base.model, known, stretch(base.model))
+    effect = compared(losses(base.model, rows, device), losses(model, rows, device), rows)
     return {"effect": {"general": effect.table()}, "warnings": warnings_of(str(out), None, effect)}
 
 

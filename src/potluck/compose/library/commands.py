@@ -13,7 +13,7 @@ from torch import Tensor
 
 from potluck.compose.adapter import Adapter, load_adapter, save_adapter
 from potluck.compose.base import Base, load_base, texts_of, token_stream
-from potluck.compose.effect import Effect, compared, losses, stretch, warnings_of
+from potluck.compose.effect import Effect, compared, losses, stretch, stretches, warnings_of
 from potluck.compose.fit import adds_something, check_adapter
 from potluck.compose.library.cards import SPECIFICATION_FILE, card_of
 from potluck.compose.library.clustering import cluster_adapters
@@ -339,10 +339,10 @@ def _adapters(library: Library, names: list[str]) -> Mapping[str, Adapter]:
 
 
 def _effect(base: Base, adapter: Adapter, stream: np.ndarray) -> Effect:
-    length = stretch(base.model, _SEQUENCE)
-    before = losses(base.model, stream, length)
+    rows = stretches(base.model, stream, stretch(base.model, _SEQUENCE))
+    before = losses(base.model, rows)
     with attached(base.model, adapter):
-        return compared(before, losses(base.model, stream, length), length, seen=True)
+        return compared(before, losses(base.model, rows), rows, seen=True)
 
 
 def _stream(base: Base, data: Path) -> np.ndarray:

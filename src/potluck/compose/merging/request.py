@@ -16,7 +16,7 @@ from transformers import AutoTokenizer, PreTrainedModel
 from potluck.aggregation.statistics import Statistics
 from potluck.compose.adapter import ABOUT_FILE, CONFIG_FILE, WEIGHTS_FILE, Adapter, load_adapter, save_adapter
 from potluck.compose.base import Base, load_base, texts_of, token_stream
-from potluck.compose.effect import compared, losses, stretch
+from potluck.compose.effect import compared, losses, stretch, stretches
 from potluck.compose.fit import check_adapter, without_effect
 from potluck.compose.lora import attached, merge_into
 from potluck.compose.merging.adapters import ADAPTER_METHODS, MEASURED, merge_adapters
@@ -59,20 +59,19 @@ class Request:
 
 @dataclass(frozen=True)
 class _Look:
-    """A text, and the base's losses on it."""
+    """Stretches of a text, and the base's losses on them."""
 
-    stream: np.ndarray
-    length: int
+    rows: Sequence[np.ndarray]
     before: Tensor
 
     @classmethod
     def at(cls, base: Base, data: Path) -> Self:
-        stream, length = token_stream(texts_of(data), base.vocabulary), stretch(base.model)
-        return cls(stream, length, losses(base.model, stream, length))
+        rows = stretches(base.model, token_stream(texts_of(data), base.vocabulary), stretch(base.model))
+        return cls(rows, losses(base.model, rows))
 
     def compared(self, merged: PreTrainedModel, out: Path) -> dict[str, Any]:
         """``effect`` of a merge, and ``warnings`` if it has none or does harm."""
-        effect = compared(self.before, losses(merged, self.stream, self.length), self.length)
+        effect = compared(self.before, losses(merged, self.rows), self.rows)
         figures = f"{effect.before:.3f} to {effect.after:.3f} nats per token"
         said = [f"{out}: worse than the base on this text: {figures}"] if effect.harms() else []
         if not effect.change:
