@@ -19,8 +19,10 @@ from potluck.compose.merging import streaming
 from potluck.compose.merging.geometry import DeltaGuided, Linear, ModelStock, MultiSlerp, Slerp
 from potluck.compose.merging.models import MODEL_METHODS, merge_models
 from potluck.compose.merging.rules import Rule, Sce, TaskArithmetic, Ties, merged
-from potluck.compose.merging.shards import opened
+from potluck.compose.merging.shards import created, opened
+from potluck.compose.merging.streaming import Stack, merge_one
 from potluck.errors import ModelError, PotluckError, RecipeError, StorageError
+from potluck.models.folder import stored_tensors
 
 State = dict[str, Tensor]
 EMBEDDING = "model.embed_tokens.weight"
@@ -133,20 +135,32 @@ def test_a_tied_head_is_not_merged(folders: dict[str, Path], tmp_path: Path) -> 
         config = json.loads((folders[name] / "config.json").read_text())
         (folders[name] / "config.json").write_text(json.dumps({**config, "tie_word_embeddings": True}))
     spoil(folders["a"], lambda tensors: tensors.pop("lm_head.weight"))
+    with pytest.raises(ModelError, match=r"b: lm_head.weight and model.embed_tokens.weight are tied.* two values"):
+        merge_models([folders["a"], folders["b"]], tmp_path / "out", Linear())
+    spoil(folders["b"], lambda tensors: tensors.update({"lm_head.weight": tensors[EMBEDDING].clone()}))
     merge_models([folders["a"], folders["b"]], tmp_path / "out", Linear())
     assert "lm_head.weight" not in state(tmp_path / "out")
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
     assert torch.equal(model.lm_head.weight, state(tmp_path / "out")[EMBEDDING])
 
 
-def test_what_is_no_weight_is_copied_if_equal(folders: dict[str, Path], tmp_path: Path) -> None:
-    for name in ("a", "b"):
-        spoil(folders[name], lambda tensors: tensors.update(ids=torch.arange(5), empty=torch.zeros(0, 3)))
-    merge_models([folders["a"], folders["b"]], tmp_path / "out", Linear())
-    assert torch.equal(state(tmp_path / "out")["ids"], torch.arange(5))
-    spoil(folders["b"], lambda tensors: tensors.update(ids=torch.arange(1, 6)))
-    with pytest.raises(ModelError, match="b: ids is no weight"):
-        merge_models([folders["a"], folders["b"]], tmp_path / "other", Linear())
+def test_what_is_no_weight_is_copied_if_equal(tmp_path: Path) -> None:
+    paths = [tmp_path / "a/model.safetensors", tmp_path / "b/model.safetensors"]
+    for out, last in (("same", 5), ("other", 6)):
+        for path, end in zip(paths, (5, last), strict=True):
+            path.parent.mkdir(exist_ok=True)
+            save_file({"ids": torch.arange(end - 5, end), "empty": torch.zeros(0, 3)}, path)
+        (tmp_path / out).mkdir()
+        one, two = (stored_tensors(path.parent) for path in paths)
+        with opened(one) as a, opened(two) as b, created(tmp_path / out, a, 1 << 20) as merged:
+            for name, place in merged.items():
+                stack = Stack(name, {tmp_path / "a": a[name], tmp_path / "b": b[name]}, None, place)
+                if last == 6 and name == "ids":
+                    with pytest.raises(ModelError, match="b: ids is no weight"):
+                        merge_one(stack, Linear(), torch.ones(2))
+                else:
+                    merge_one(stack, Linear(), torch.ones(2))
+    assert torch.equal(state(tmp_path / "same")["ids"], torch.arange(5))
 
 
 def test_configuration_and_tokenizer_travel_but_no_code(folders: dict[str, Path], tmp_path: Path) -> None:
@@ -210,7 +224,7 @@ def test_delta_guided_follows_who_moved() -> None:
 
 def other_config(folders: Mapping[str, Path]) -> None:
     config = json.loads((folders["b"] / "config.json").read_text())
-    (folders["b"] / "config.json").write_text(json.dumps({**config, "num_attention_heads": 4}))
+    (folders["b"] / "config.json").write_text(json.dumps({**config, "hidden_act": "gelu"}))
 
 
 def cut_off(folders: Mapping[str, Path]) -> None:
@@ -219,6 +233,7 @@ def cut_off(folders: Mapping[str, Path]) -> None:
 
 
 def outside(folders: Mapping[str, Path]) -> None:
+    (folders["b"] / "model.safetensors").unlink()
     index = {"weight_map": {EMBEDDING: "../a/model.safetensors"}}
     (folders["b"] / "model.safetensors.index.json").write_text(json.dumps(index))
 
@@ -249,17 +264,17 @@ def with_nan(tensor: Tensor) -> Tensor:
 @pytest.mark.parametrize(
     ("change", "said"),
     [
-        (other_config, "b: num_attention_heads is 4, that of .*base 2"),
+        (other_config, "b: hidden_act is 'gelu', that of .*base 'silu'"),
         (tokenizers, "b: its tokenizer has other tokens"),
         (cut_off, "b/model.safetensors: not a safetensors file, or cut off"),
         (outside, "b/model.safetensors.index.json: names a file outside"),
         (
             lambda folders: spoil(folders["b"], lambda t: t.pop("model.norm.weight")),
-            "b: has no tensor model.norm.weight",
+            "b: the tensor model.norm.weight is missing",
         ),
-        (put(lambda tensor: torch.zeros(41, 16)), r"b: model.embed_tokens.weight is \[41, 16\]"),
+        (put(lambda tensor: torch.zeros(41, 16)), r"b: model.embed_tokens.weight is stored as \[41, 16\]"),
         (put(lambda tensor: tensor.double()), "b: model.embed_tokens.weight is stored as F64"),
-        (put(lambda tensor: tensor.long()), "b: model.embed_tokens.weight is I64, that of .*base F32"),
+        (put(lambda tensor: tensor.long()), "b: model.embed_tokens.weight is stored as I64"),
         (put(with_nan), "b: model.embed_tokens.weight holds NaN"),
         (put(with_nan, "base"), "base: model.embed_tokens.weight holds NaN"),
         (too_large, "model.embed_tokens.weight: what it was merged to does not fit F16"),
@@ -337,7 +352,7 @@ def test_nothing_is_overwritten(family: Path, tmp_path: Path) -> None:
 
 
 def test_a_file_that_shrinks_is_an_error(folders: dict[str, Path]) -> None:
-    with opened(folders["a"]) as tensors:
+    with opened(stored_tensors(folders["a"])) as tensors:
         os.truncate(folders["a"] / "model.safetensors", 1000)
         with pytest.raises(ModelError, match="has become shorter"):
             tensors["model.norm.weight"].read(0, torch.empty(1, 16))
@@ -355,8 +370,8 @@ def test_headers_are_not_believed(tmp_path: Path) -> None:
     ]
     for text in [*(json.dumps(header).encode() for header in wrong), b"[" * 100_000]:
         (tmp_path / "model.safetensors").write_bytes(len(text).to_bytes(8, "little") + text + bytes(4))
-        with pytest.raises(PotluckError, match="not a safetensors file"), opened(tmp_path):
-            pass
+        with pytest.raises(PotluckError, match="not a safetensors file"):
+            stored_tensors(tmp_path)
 
 
 # --- beside mergekit (`make peers`) --------------------------------------------------------------

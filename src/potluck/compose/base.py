@@ -17,7 +17,8 @@ from transformers import PreTrainedModel
 from potluck.corpus.sources import documents
 from potluck.corpus.tokenizer import Vocabulary, folder_vocabulary, pieces
 from potluck.errors import CorpusError
-from potluck.models.build import load_folder
+from potluck.models.build import embeddings, load_folder
+from potluck.models.check import check_vocabulary
 from potluck.recipe.sources import Folder, SeparatedFile, Source
 
 
@@ -59,10 +60,11 @@ def load_base(folder: Path, device: Literal["cpu", "auto"] = "cpu") -> Base:
     Raises:
         ModelError: The model or its tokenizer cannot be used.
     """
-    model = load_folder(folder)
+    model, vocabulary = load_folder(folder), folder_vocabulary(folder)
+    check_vocabulary(folder, embeddings(model)[0].shape[0], vocabulary.size)
     if device == "auto" and torch.cuda.is_available():
         model.to(torch.device("cuda"))  # type: ignore[arg-type]  # its wrapper hides the types
-    return Base(model.eval(), folder_vocabulary(folder), str(folder))
+    return Base(model.eval(), vocabulary, str(folder))
 
 
 def text_source(path: Path) -> Source:

@@ -10,6 +10,7 @@ import hashlib
 import json
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,7 @@ from potluck.recipe.schema import Bpe, Bytes
 END_OF_TEXT = "<|endoftext|>"
 # What tokenizers of chat models name as `eos_token`, and what ended a document when their base was trained.
 _TURN_ENDS = {"<|im_end|>", "<|eot_id|>", "<|eom_id|>", "<|eot|>", "<|end|>", "<|end_of_turn|>", "<end_of_turn>"}
+_FILES = ("tokenizer.json", "vocab.json", "vocab.txt", "tokenizer.model", "spiece.model", "sentencepiece.bpe.model")
 _DOCUMENT_ENDS = ("<|endoftext|>", "<|end_of_text|>", "<eos>", "</s>", "<｜end▁of▁sentence｜>")
 PIECE_CHARACTERS = 1 << 18
 Progress = Callable[[str], None]
@@ -255,16 +257,10 @@ def folder_vocabulary(folder: Path) -> Vocabulary:
     Raises:
         ModelError: It is missing or broken, or has no end-of-text token.
     """
-    if not folder.is_dir():
-        raise ModelError(f"tokenizer {folder}: there is no such folder")
-    try:
+    with _reading(folder):
         tokenizer, eos = _read_folder(folder)
         named = _named_ends(folder)
         template = _chat_templates(folder)
-    except Exception as error:  # the libraries raise plain Exception for a broken file
-        first_line = str(error).partition("\n")[0]
-        hint = "it must hold the tokenizer.json of a Hugging Face tokenizer"
-        raise ModelError(f"tokenizer {folder}: cannot be used ({first_line})", hint) from error
     last = None if eos is None else tokenizer.token_to_id(eos)
     if eos is None or last is None:
         hint = "name one as `eos_token` in tokenizer_config.json"
@@ -287,6 +283,35 @@ def _knows_beginnings(folder: Path) -> bool:
     configs = [_json_table(folder / name) for name in ("tokenizer_config.json", "special_tokens_map.json")]
     names = ("bos_token", "add_bos_token", "chat_template")
     return any(name in config for config in configs for name in names) or any(folder.glob("*chat_template*"))
+
+
+def vocabulary_files(folder: Path) -> list[str]:
+    """Names of a folder's files that hold tokens, in one of the forms that there are: the one that counts first."""
+    return [name for name in _FILES if (folder / name).is_file()] + sorted(p.name for p in folder.glob("*.tiktoken"))
+
+
+def folder_tokens(folder: Path) -> dict[str, int]:
+    """Every token of a tokenizer folder with its number.
+
+    Raises:
+        ModelError: The tokenizer is missing or broken.
+    """
+    with _reading(folder):
+        tokens: dict[str, int] = _read_folder(folder)[0].get_vocab()
+        return tokens
+
+
+@contextmanager
+def _reading(folder: Path) -> Iterator[None]:
+    """Turn whatever a tokenizer's files raise into our own error."""
+    if not folder.is_dir():
+        raise ModelError(f"tokenizer {folder}: there is no such folder")
+    try:
+        yield
+    except Exception as error:  # the libraries raise plain Exception for a broken file
+        first_line = str(error).partition("\n")[0]
+        hint = "it must hold the tokenizer.json of a Hugging Face tokenizer"
+        raise ModelError(f"tokenizer {folder}: cannot be used ({first_line})", hint) from error
 
 
 def _named_ends(folder: Path) -> list[int]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -18,8 +18,8 @@ from transformers import (
 from transformers.utils import logging
 
 from potluck.errors import ModelError
-from potluck.models.own import register
-from potluck.models.shapes import folder_config, shape_of
+from potluck.models.check import check_vocabulary, checked_folder, first_line
+from potluck.models.shapes import shape_of
 from potluck.recipe.schema import Model, ModelFolder, Shape
 
 logging.disable_progress_bar()
@@ -37,12 +37,7 @@ def build_model(model: Model, vocabulary_size: int, end_of_text: int, seed: int)
         return _new_model(shape, vocabulary_size, end_of_text)
     assert isinstance(model, ModelFolder)
     loaded = load_folder(Path(model.path))
-    rows = embeddings(loaded)[0].shape[0]
-    if rows < vocabulary_size:
-        raise ModelError(
-            f"{model.path}: the model knows {rows} tokens, the tokenizer has {vocabulary_size}",
-            "use the tokenizer the model was trained with: leave out [tokenizer]",
-        )
+    check_vocabulary(model.path, embeddings(loaded)[0].shape[0], vocabulary_size)
     return loaded
 
 
@@ -50,12 +45,13 @@ def load_folder(folder: Path) -> PreTrainedModel:
     """Any causal language model saved as safetensors, in fp32, with PyTorch's own attention (SDPA).
 
     Raises:
-        ModelError: It cannot be loaded, or its weights are not finite.
+        ModelError: It cannot be loaded, as `potluck.models.check.checked_folder` says, or its weights are not finite.
     """
-    register(folder_config(folder).get("model_type"))
+    checked_folder(folder)
     try:
-        model = AutoModelForCausalLM.from_pretrained(
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
             folder,
+            output_loading_info=True,
             dtype=torch.float32,
             attn_implementation="sdpa",
             use_safetensors=True,
@@ -63,8 +59,11 @@ def load_folder(folder: Path) -> PreTrainedModel:
             trust_remote_code=False,
         )
     except Exception as error:  # transformers raises many types for a damaged folder
-        first_line = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise ModelError(f"{folder}: the model cannot be loaded: {first_line}") from error
+        raise ModelError(f"{folder}: the model cannot be loaded: {first_line(error)}") from error
+    model, report = cast(tuple[PreTrainedModel, dict[str, set[str]]], loaded)
+    for what, names in (("is missing", report["missing_keys"]), ("has no place", report["unexpected_keys"])):
+        if names:  # of weights that are converted while they are loaded: the check before sees no others
+            raise ModelError(f"{folder}: the tensor {min(names)} {what}", "the folder does not fit its config.json")
     for name, tensor in model.named_parameters():
         if not torch.isfinite(tensor).all():
             raise ModelError(f"{folder}: {name} holds NaN or infinite values", "the folder is damaged or diverged")

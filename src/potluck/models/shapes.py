@@ -1,13 +1,12 @@
-"""Shapes of models and what they cost, without loading torch."""
+"""Shapes of models and what they cost: without loading torch, unless a model folder must be opened."""
 
 from __future__ import annotations
 
-import json
 import math
 from pathlib import Path
-from typing import Any
 
-from potluck.errors import ModelError, RecipeError
+from potluck.errors import RecipeError
+from potluck.models.folder import folder_config
 from potluck.recipe.schema import Model, ModelFolder, Preset, Shape
 
 # `35m` has the layers, heads and width of the 35M model of arXiv 2503.09799, `125m` those of Photon's 125M model
@@ -20,9 +19,6 @@ PRESETS: dict[str, Shape] = {
 }
 
 Shapes = tuple[tuple[str, tuple[int, ...]], ...]
-_MAX_HEADER_BYTES = 100 << 20
-# Of our own kinds of model that are frozen but for a part: how the names of what learns begin.
-_LEARNS = {"potluck_fused": "fusion."}
 
 
 def shape_of(model: Model) -> Shape | None:
@@ -39,16 +35,17 @@ def shape_of(model: Model) -> Shape | None:
 def parameter_shapes(model: Model, vocabulary_size: int) -> Shapes:
     """Name and shape of every parameter that learns, tied ones once, in the order of the flat vector.
 
-    A model folder's come in the order in which they are stored: sizes are exact, places in the vector
-    (`potluck.models.flat`) are not.
+    For a model folder `transformers` says them, which takes some seconds to load.
 
     Raises:
-        ModelError: A model folder is missing or holds no safetensors.
+        ModelError: A model folder cannot be opened, as `potluck.models.check.checked_folder` says.
     """
     shape = shape_of(model)
     if shape is None:
         assert isinstance(model, ModelFolder)
-        return _stored_shapes(Path(model.path))[0]
+        from potluck.models.check import checked_folder
+
+        return checked_folder(Path(model.path)).learns
     embeddings, width = (vocabulary_size, shape.width), shape.width
     layers = ((f"model.layers.{i}.{name}", form) for i in range(shape.layers) for name, form in _layer_shapes(shape))
     head = () if shape.tied else (("lm_head.weight", embeddings),)
@@ -64,7 +61,9 @@ def frozen_count(model: Model) -> int:
     """Parameters of the model that do not learn; errors as ``parameter_shapes``."""
     if not isinstance(model, ModelFolder):
         return 0
-    return sum(math.prod(shape) for _, shape in _stored_shapes(Path(model.path))[1])
+    from potluck.models.check import checked_folder
+
+    return sum(math.prod(shape) for _, shape in checked_folder(Path(model.path)).frozen)
 
 
 def context_length(model: Model) -> int:
@@ -88,21 +87,6 @@ def check_context(model: Model, sequence_length: int) -> None:
         raise RecipeError(f"local.sequence_length {sequence_length}: the model's context is {context} tokens")
 
 
-def folder_config(folder: Path) -> dict[str, Any]:
-    """``config.json`` of a model folder.
-
-    Raises:
-        ModelError: It is not there or not JSON.
-    """
-    try:
-        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise ModelError(f"{folder}: not a model folder ({error})", "save it with model.save_pretrained") from None
-    if not isinstance(config, dict):
-        raise ModelError(f"{folder}/config.json: not a JSON object")
-    return config
-
-
 def _layer_shapes(shape: Shape) -> Shapes:
     width, inner, head = shape.width, shape.feedforward, shape.width // shape.heads
     key_value = (shape.kv_heads or shape.heads) * head
@@ -119,32 +103,3 @@ def _layer_shapes(shape: Shape) -> Shapes:
         ("input_layernorm.weight", (width,)),
         ("post_attention_layernorm.weight", (width,)),
     )
-
-
-def _stored_shapes(folder: Path) -> tuple[Shapes, Shapes]:
-    """What learns and what is frozen, by the headers of the folder's safetensors files.
-
-    A head that is tied to the embedding is left out.
-    """
-    files = sorted(folder.glob("*.safetensors"))
-    if not files:
-        raise ModelError(
-            f"{folder}: no *.safetensors file", "potluck loads nothing pickled; save with safe_serialization=True"
-        )
-    stored: dict[str, tuple[int, ...]] = {}
-    for path in files:
-        with path.open("rb") as file:
-            length = int.from_bytes(file.read(8), "little")
-            if not 2 <= length <= min(_MAX_HEADER_BYTES, path.stat().st_size):
-                raise ModelError(f"{path}: not a safetensors file, or cut off")
-            try:
-                header = json.loads(file.read(length))
-                stored |= {name: tuple(t["shape"]) for name, t in header.items() if name != "__metadata__"}
-            except (ValueError, KeyError, TypeError) as error:
-                raise ModelError(f"{path}: not a safetensors file ({error})") from None
-    config = folder_config(folder)
-    if config.get("tie_word_embeddings"):
-        stored.pop("lm_head.weight", None)
-    begins = _LEARNS.get(str(config.get("model_type")), "")
-    learns = {name: shape for name, shape in stored.items() if name.startswith(begins)}
-    return tuple(learns.items()), tuple((name, shape) for name, shape in stored.items() if name not in learns)

@@ -6,11 +6,11 @@ import filecmp
 from collections.abc import Mapping
 from pathlib import Path
 
-from tokenizers import Tokenizer
+from transformers.configuration_utils import PreTrainedConfig
 
 from potluck.compose.merging.shards import FLOATS, StoredTensor
+from potluck.corpus.tokenizer import folder_tokens, vocabulary_files
 from potluck.errors import ModelError
-from potluck.models.shapes import folder_config
 
 # Settings that may differ: where a model came from, how it is stored, and how it generates.
 _ITS_OWN = frozenset(
@@ -21,33 +21,33 @@ _MIXABLE = frozenset(FLOATS)
 _UNMERGEABLE = frozenset({"F64", "F8_E4M3", "F8_E5M2"})
 
 
-def check_same_architecture(reference: Path, folder: Path) -> None:
-    """Compare what both configurations state; what one leaves out is taken to be the other's.
+def check_same_architecture(reference: Path, expected: PreTrainedConfig, folder: Path, found: PreTrainedConfig) -> None:
+    """Compare what `transformers` makes of two configurations, in whichever form they say it.
+
+    Settings that the architecture does not know are compared where both state them.
 
     Raises:
         ModelError: naming the first setting that differs.
     """
-    expected, found = folder_config(reference), folder_config(folder)
-    for key in sorted((expected.keys() & found.keys()) - _ITS_OWN):
-        if expected[key] != found[key]:
+    ours, theirs = expected.to_dict(), found.to_dict()
+    for key in sorted((ours.keys() & theirs.keys()) - _ITS_OWN):
+        if ours[key] != theirs[key]:
             hint = "only models of one architecture can be merged"
-            raise ModelError(f"{folder}: {key} is {found[key]!r}, that of {reference} {expected[key]!r}", hint)
+            raise ModelError(f"{folder}: {key} is {theirs[key]!r}, that of {reference} {ours[key]!r}", hint)
 
 
 def check_same_vocabulary(reference: Path, folder: Path) -> None:
-    """Compare the tokenizers' tokens, where both folders hold a ``tokenizer.json``.
+    """Compare the tokenizers' tokens, if both folders hold a tokenizer of whatever form.
 
     Raises:
         ModelError: A token has another number, or a tokenizer cannot be read.
     """
-    one, other = reference / "tokenizer.json", folder / "tokenizer.json"
-    if not (one.is_file() and other.is_file()) or filecmp.cmp(one, other, shallow=False):
+    ours, theirs = vocabulary_files(reference), vocabulary_files(folder)
+    if not ours or not theirs:
         return
-    try:
-        same = Tokenizer.from_file(str(one)).get_vocab() == Tokenizer.from_file(str(other)).get_vocab()
-    except Exception as error:  # the library raises plain Exception for a broken file
-        raise ModelError(f"{folder}: its tokenizer cannot be compared ({error})") from None
-    if not same:
+    if ours == theirs and all(filecmp.cmp(reference / name, folder / name, shallow=False) for name in ours):
+        return
+    if folder_tokens(reference) != folder_tokens(folder):
         hint = "rows of the embeddings mean different tokens: train all models from one base"
         raise ModelError(f"{folder}: its tokenizer has other tokens than that of {reference}", hint)
 

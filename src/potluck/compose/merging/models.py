@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,7 @@ from potluck.compose.merging.shards import StoredTensor, created, opened
 from potluck.compose.merging.streaming import Stack, merge_all
 from potluck.errors import RecipeError
 from potluck.files import appearing, storing, write_text
-from potluck.models.shapes import folder_config
+from potluck.models.check import Checked, checked_folder
 
 MODEL_METHODS: Mapping[str, type[Rule]] = {
     "linear": Linear,
@@ -72,12 +72,10 @@ def merge_models(
     votes = torch.tensor(even_weights(method, len(folders)) if weights is None else list(weights), dtype=torch.float32)
     _check_request(folders, method, votes, base)
     first = folders[0] if base is None else base
-    for folder in folders:
-        check_same_architecture(first, folder)
-        check_same_vocabulary(first, folder)
+    checked = _checked(first, folders)
     with ExitStack() as open_files, appearing(out) as being_written:
-        models = {folder: open_files.enter_context(_weights(folder)) for folder in folders}
-        origin = None if base is None else open_files.enter_context(_weights(base))
+        models = {folder: open_files.enter_context(_weights(checked[folder])) for folder in folders}
+        origin = None if base is None else open_files.enter_context(_weights(checked[base]))
         reference = models[first] if origin is None else origin
         for folder, tensors in models.items():
             check_same_tensors(first, reference, folder, tensors)
@@ -97,6 +95,15 @@ def merge_models(
         _carry_over(first, being_written)
         write_text(being_written / ABOUT_FILE, json.dumps(facts, indent=1))
     return facts
+
+
+def _checked(first: Path, folders: Sequence[Path]) -> dict[Path, Checked]:
+    """All folders, one by one and against the first."""
+    checked = {folder: checked_folder(folder) for folder in (first, *folders)}
+    for folder in folders:
+        check_same_architecture(first, checked[first].config, folder, checked[folder].config)
+        check_same_vocabulary(first, folder)
+    return checked
 
 
 def _said(method: Rule) -> dict[str, Any]:
@@ -124,13 +131,9 @@ def _check_request(folders: Sequence[Path], method: Rule, weights: Tensor, base:
         raise RecipeError(f"{name} has no use for a base", "leave it out, or choose task_arithmetic")
 
 
-@contextmanager
-def _weights(folder: Path) -> Iterator[dict[str, StoredTensor]]:
-    """A folder's open tensors, without a head that is the embedding."""
-    with opened(folder) as tensors:
-        if folder_config(folder).get("tie_word_embeddings"):
-            tensors.pop("lm_head.weight", None)
-        yield tensors
+def _weights(folder: Checked) -> AbstractContextManager[dict[str, StoredTensor]]:
+    """A folder's open tensors by the model's own names, those that are tied once."""
+    return opened({name: tensor for name, (_, tensor) in folder.stored.items()})
 
 
 def _carry_over(source: Path, to: Path) -> None:

@@ -20,13 +20,9 @@ from torch import Tensor
 
 from potluck.errors import ModelError
 from potluck.files import storing
+from potluck.models.folder import INDEX, SIZES, WEIGHTS, Stored
 
 FLOATS = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
-_SIZES = {"F64": 8, "I64": 8, "U64": 8, "F32": 4, "I32": 4, "U32": 4, "F16": 2, "BF16": 2, "I16": 2, "U16": 2}
-_SIZES |= {"F8_E4M3": 1, "F8_E5M2": 1, "I8": 1, "U8": 1, "BOOL": 1}
-_WEIGHTS, _INDEX = "model.safetensors", "model.safetensors.index.json"
-_MAX_HEADER_BYTES = 100 << 20
-_MALFORMED = (ArithmeticError, AttributeError, KeyError, RecursionError, TypeError, ValueError)
 
 
 @dataclass(frozen=True)
@@ -59,7 +55,7 @@ class StoredTensor:
     @property
     def nbytes(self) -> int:
         """Its size in the file."""
-        return _SIZES[self.dtype] * math.prod(self.shape)
+        return SIZES[self.dtype] * math.prod(self.shape)
 
     def read(self, first_row: int, into: Tensor) -> Tensor:
         """Fill ``into``, ``(rows, columns)``, float32 and contiguous, from a row on; for types in `FLOATS`.
@@ -67,7 +63,7 @@ class StoredTensor:
         Raises:
             ModelError: The file cannot be read, or ends before.
         """
-        begin = first_row * self.columns * _SIZES[self.dtype]
+        begin = first_row * self.columns * SIZES[self.dtype]
         if self.dtype == "F32":
             self._read_bytes(begin, into.view(-1).view(torch.uint8))
             return into
@@ -89,7 +85,7 @@ class StoredTensor:
     def write(self, first_row: int, rows: Tensor) -> None:
         """Store rows, in this tensor's type."""
         stored = rows.to(FLOATS[self.dtype]).view(torch.uint8)
-        self.write_bytes(first_row * self.columns * _SIZES[self.dtype], stored)
+        self.write_bytes(first_row * self.columns * SIZES[self.dtype], stored)
 
     def write_bytes(self, begin: int, data: Tensor) -> None:
         """Store bytes at a place within this tensor."""
@@ -111,24 +107,22 @@ class StoredTensor:
 
 
 @contextmanager
-def opened(folder: Path) -> Iterator[dict[str, StoredTensor]]:
-    """The tensors of a model folder by name, one file's after the other; within, its files are open.
+def opened(weights: Mapping[str, Stored]) -> Iterator[dict[str, StoredTensor]]:
+    """Stored tensors under the same names; within, their files are open.
 
     Raises:
-        ModelError: There are no safetensors, or they are damaged.
+        ModelError: A file cannot be opened.
     """
-    files: list[int] = []
+    files: dict[Path, int] = {}
     try:
-        tensors: dict[str, StoredTensor] = {}
-        for path in _weight_files(folder):
+        for path in {tensor.path: None for tensor in weights.values()}:
             try:
-                files.append(os.open(path, os.O_RDONLY))
+                files[path] = os.open(path, os.O_RDONLY)
             except OSError as error:
                 raise ModelError(f"{path}: cannot be read ({error.strerror})") from None
-            tensors |= _stored_tensors(path, files[-1])
-        yield tensors
+        yield {name: StoredTensor(t.dtype, t.shape, files[t.path], t.begin, t.path) for name, t in weights.items()}
     finally:
-        for file in files:
+        for file in files.values():
             os.close(file)
 
 
@@ -143,7 +137,7 @@ def created(
     """
     shards = _shards(tensors, max_shard_bytes)
     count = len(shards)
-    names = [_WEIGHTS] if count == 1 else [f"model-{i + 1:05d}-of-{count:05d}.safetensors" for i in range(count)]
+    names = [WEIGHTS] if count == 1 else [f"model-{i + 1:05d}-of-{count:05d}.safetensors" for i in range(count)]
     files: list[int] = []
     try:
         stored: dict[str, StoredTensor] = {}
@@ -158,53 +152,10 @@ def created(
                 total = sum(tensor.nbytes for tensor in stored.values())
                 places = {key: name for name, shard in zip(names, shards, strict=True) for key in shard}
                 index = {"metadata": {"total_size": total}, "weight_map": places}
-                (folder / _INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+                (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
     finally:
         for file in files:
             os.close(file)
-
-
-def _weight_files(folder: Path) -> list[Path]:
-    if not (folder / _INDEX).is_file():
-        if not (folder / _WEIGHTS).is_file():
-            hint = "potluck loads nothing pickled; save with model.save_pretrained"
-            raise ModelError(f"{folder}: no {_WEIGHTS}", hint)
-        return [folder / _WEIGHTS]
-    try:
-        if (folder / _INDEX).stat().st_size > _MAX_HEADER_BYTES:
-            raise ValueError("larger than any index")
-        names = set(json.loads((folder / _INDEX).read_text(encoding="utf-8"))["weight_map"].values())
-    except (OSError, *_MALFORMED) as error:
-        raise ModelError(f"{folder}/{_INDEX}: cannot be read ({error})") from None
-    if not all(isinstance(name, str) and name == Path(name).name for name in names):
-        raise ModelError(f"{folder}/{_INDEX}: names a file outside the folder")
-    return [folder / name for name in sorted(names)]
-
-
-def _stored_tensors(path: Path, file: int) -> dict[str, StoredTensor]:
-    """What a file's header says, checked against the file."""
-    size = os.fstat(file).st_size
-    length = int.from_bytes(os.pread(file, 8, 0), "little")
-    if not 2 <= length <= min(_MAX_HEADER_BYTES, size - 8):
-        raise ModelError(f"{path}: not a safetensors file, or cut off")
-    try:
-        header = json.loads(os.pread(file, length, 8))
-        header.pop("__metadata__", None)
-        return {name: _checked(path, file, 8 + length, entry) for name, entry in header.items()}
-    except _MALFORMED as error:
-        raise ModelError(f"{path}: not a safetensors file, or cut off ({error})") from None
-
-
-def _checked(path: Path, file: int, data: int, entry: Mapping[str, Any]) -> StoredTensor:
-    shape = tuple(int(length) for length in entry["shape"])
-    begin, end = (int(place) for place in entry["data_offsets"])
-    tensor = StoredTensor(str(entry["dtype"]), shape, file, data + begin, path)
-    if tensor.dtype not in _SIZES:
-        raise ValueError(f"numbers of type {tensor.dtype}")
-    fits = begin >= 0 and end - begin == tensor.nbytes and data + end <= os.fstat(file).st_size
-    if min(shape, default=0) < 0 or not fits:
-        raise ValueError("a tensor does not lie where the header says")
-    return tensor
 
 
 def _shards(tensors: Mapping[str, StoredTensor], max_bytes: int) -> list[list[str]]:
