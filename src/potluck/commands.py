@@ -335,7 +335,9 @@ def _export(folder: Path, to: Path, number: int | None, best: bool) -> Path:
     with storing(to):
         try:
             shutil.rmtree(partial, ignore_errors=True)
-            export_folder(restored.model, recipe.tokenizer, vocabulary.tokenizer, vocabulary.end_of_text, partial)
+            export_folder(
+                restored.model, recipe.tokenizer, vocabulary.tokenizer, vocabulary.end_of_text, partial, recipe.model
+            )
             write_text(partial / "README.md", _card(restored, record))
             write_text(partial / "recipe.toml", recipe_toml(recipe))
             shutil.rmtree(to, ignore_errors=True)

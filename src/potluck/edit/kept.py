@@ -16,7 +16,6 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from transformers import AutoTokenizer
 
 from potluck.aggregation.statistics import Statistics
 from potluck.compose.base import Base, load_base, weights_hash
@@ -24,8 +23,9 @@ from potluck.edit.facts import edit_of
 from potluck.edit.layout import layout_of
 from potluck.edit.values import ValueSettings
 from potluck.edit.weights import WeightEditor, WeightSettings, Written
-from potluck.errors import EditError, StorageError
+from potluck.errors import EditError
 from potluck.files import appearing, storing, write_text
+from potluck.models.export import save_like
 
 FOLDER = "edits"
 _FORMAT = "potluck-edits-2"  # 1: AlphaEdit's and ROME's settings meant something else
@@ -33,19 +33,14 @@ _PARTS = ("keys", "residuals", "after")
 
 
 def save_model(base: Base, folder: Path) -> None:
-    """Weights and tokenizer, into a folder that is there.
+    """Weights, in the types that the base's are stored in, and tokenizer, into a folder that is there.
+
+    The model is afterwards what was stored.
 
     Raises:
         StorageError: It cannot be written.
     """
-    with storing(folder):
-        try:
-            base.model.save_pretrained(folder)
-        except SafetensorError as error:
-            raise StorageError(f"{folder}: the model cannot be written ({error})") from None
-        AutoTokenizer.from_pretrained(base.place, local_files_only=True, trust_remote_code=False).save_pretrained(
-            folder
-        )
+    save_like(base.model, Path(base.place), folder)
 
 
 def save_edited(editor: WeightEditor, folder: Path) -> None:
@@ -60,15 +55,15 @@ def save_edited(editor: WeightEditor, folder: Path) -> None:
     for number, batch in enumerate(editor.written):
         for part in _PARTS:
             tensors |= {f"{number}.{part}.{layer}": value for layer, value in getattr(batch, part).items()}
-    facts = {
-        "format": _FORMAT,
-        "settings": asdict(editor.settings),
-        "moments": {"count": editor.moments.count, "base_hash": editor.moments.base_hash},
-        "edited": weights_hash(editor.base.model),
-        "batches": [[asdict(edit) for edit in batch.edits] for batch in editor.written],
-    }
     with appearing(folder) as being_written:
         save_model(editor.base, being_written)
+        facts = {
+            "format": _FORMAT,
+            "settings": asdict(editor.settings),
+            "moments": {"count": editor.moments.count, "base_hash": editor.moments.base_hash},
+            "edited": weights_hash(editor.base.model),
+            "batches": [[asdict(edit) for edit in batch.edits] for batch in editor.written],
+        }
         with storing(folder):
             place = being_written / FOLDER
             place.mkdir()

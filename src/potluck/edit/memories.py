@@ -12,7 +12,6 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
-from transformers import AutoTokenizer
 
 from potluck.compose.base import Base
 from potluck.edit.contexts import prompt_row
@@ -21,6 +20,7 @@ from potluck.edit.layout import Layout, host, layout_of, watching
 from potluck.edit.prompts import Row, Rows, row, rows_of
 from potluck.edit.tails import Tails, tails_of
 from potluck.files import appearing, storing, write_text
+from potluck.models.export import save_like
 from potluck.models.memory import EditedConfig, EditedForCausalLM, Memory, install
 
 RECORD = "memory.json"
@@ -83,9 +83,7 @@ def save_with_memory(base: Base, memory: SideMemory, folder: Path) -> None:
     record = {"kind": config.kind, "layer": memory.layer, **memory.facts()}
     record["edits"] = [asdict(edit) for edit in memory.edits]
     with appearing(folder) as being_written, storing(folder):
-        model.save_pretrained(being_written)
-        tokenizer = AutoTokenizer.from_pretrained(base.place, local_files_only=True, trust_remote_code=False)
-        tokenizer.save_pretrained(being_written)
+        save_like(model, Path(base.place), being_written)
         write_text(being_written / RECORD, json.dumps(record, indent=1, ensure_ascii=False))
 
 

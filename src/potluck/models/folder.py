@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +19,12 @@ from potluck.errors import ModelError
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 SIZES = {"F64": 8, "I64": 8, "U64": 8, "F32": 4, "I32": 4, "U32": 4, "F16": 2, "BF16": 2, "I16": 2, "U16": 2}
 SIZES |= {"F8_E4M3": 1, "F8_E5M2": 1, "I8": 1, "U8": 1, "BOOL": 1}
+GENERATION = "generation_config.json"
+_TOKENIZER = (
+    *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json"),
+    *("vocab.txt", "merges.txt", "*.model", "*.tiktoken", "tekken.json", "chat_template.*"),
+    *("additional_chat_templates/*.jinja", "LICENSE*", "NOTICE*"),
+)
 _MAX_HEADER_BYTES = 100 << 20
 _MALFORMED = (ArithmeticError, AttributeError, KeyError, RecursionError, TypeError, ValueError)
 
@@ -56,6 +63,25 @@ def folder_config(folder: Path) -> dict[str, Any]:
     if not isinstance(config, dict):
         raise ModelError(f"{folder}/config.json: not a JSON object")
     return config
+
+
+def copy_tokenizer(source: Path, to: Path) -> None:
+    """Copy a folder's tokenizer byte for byte, with its chat templates and its licence.
+
+    Raises:
+        OSError: Something cannot be read or written.
+    """
+    for path in sorted({path for pattern in _TOKENIZER for path in source.glob(pattern) if path.is_file()}):
+        (to / path.relative_to(source)).parent.mkdir(exist_ok=True)
+        shutil.copyfile(path, to / path.relative_to(source))
+
+
+def copy_generation_config(source: Path, to: Path) -> bool:
+    """Copy how a folder's model generates, if it says so; whether it does."""
+    if (source / GENERATION).is_file():
+        shutil.copyfile(source / GENERATION, to / GENERATION)
+        return True
+    return False
 
 
 def weight_files(folder: Path) -> list[Path]:

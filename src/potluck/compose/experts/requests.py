@@ -12,7 +12,7 @@ import numpy as np
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from transformers import AutoTokenizer, FlexOlmoForCausalLM, PreTrainedModel
+from transformers import FlexOlmoForCausalLM, PreTrainedModel
 
 from potluck.compose.adapter import save_adapter
 from potluck.compose.base import Base, load_base, texts_of, token_stream
@@ -25,6 +25,7 @@ from potluck.compose.lora import attached, train_adapter
 from potluck.compose.training import Lesson, settled
 from potluck.errors import ModelError, RecipeError
 from potluck.files import appearing, storing, write_text
+from potluck.models.export import save_like
 from potluck.models.mixture import MixtureForCausalLM
 from potluck.models.shapes import context_length
 from potluck.recipe.schema import ModelFolder
@@ -276,9 +277,7 @@ def _left(base: Base, record: Mapping[str, Any], name: str, rows: Mapping[str, A
 
 def _write(model: PreTrainedModel, tokenizer_from: Path, folder: Path, record: Mapping[str, Any]) -> None:
     with storing(folder):
-        model.save_pretrained(folder)
-        tokenizer = AutoTokenizer.from_pretrained(tokenizer_from, local_files_only=True, trust_remote_code=False)
-        tokenizer.save_pretrained(folder)
+        save_like(model, tokenizer_from, folder)
         write_text(folder / RECORD_FILE, json.dumps(record, indent=1))
 
 

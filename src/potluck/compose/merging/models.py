@@ -21,6 +21,7 @@ from potluck.compose.merging.streaming import Stack, merge_all
 from potluck.errors import RecipeError
 from potluck.files import appearing, storing, write_text
 from potluck.models.check import Checked, checked_folder
+from potluck.models.folder import copy_generation_config, copy_tokenizer
 
 MODEL_METHODS: Mapping[str, type[Rule]] = {
     "linear": Linear,
@@ -32,9 +33,6 @@ MODEL_METHODS: Mapping[str, type[Rule]] = {
 }
 WITHOUT_BASE = (Linear, Slerp)  # what they average are the weights themselves
 BASE_OR_NOT = (MultiSlerp,)  # on a sphere around the base, or around zero
-
-_CARRIED = ("*.json", "*.txt", "*.model", "*.jinja")  # configuration and tokenizer: no code, no weights
-_LEFT = frozenset({ABOUT_FILE, "model.safetensors.index.json", "trainer_state.json"})
 
 
 def merge_models(
@@ -137,8 +135,8 @@ def _weights(folder: Checked) -> AbstractContextManager[dict[str, StoredTensor]]
 
 
 def _carry_over(source: Path, to: Path) -> None:
-    """Copy configuration and tokenizer."""
+    """Copy configuration and tokenizer: no code, no weights, and no records of what was done to the source."""
     with storing(to):
-        for path in sorted({path for pattern in _CARRIED for path in source.glob(pattern)}):
-            if path.is_file() and path.name not in _LEFT:
-                shutil.copyfile(path, to / path.name)
+        shutil.copyfile(source / "config.json", to / "config.json")
+        copy_generation_config(source, to)
+        copy_tokenizer(source, to)

@@ -11,7 +11,7 @@ from typing import Any, Self
 
 import numpy as np
 from torch import Tensor
-from transformers import AutoTokenizer, PreTrainedModel
+from transformers import PreTrainedModel
 
 from potluck.aggregation.statistics import Statistics
 from potluck.compose.adapter import ABOUT_FILE, CONFIG_FILE, WEIGHTS_FILE, Adapter, load_adapter, save_adapter
@@ -24,6 +24,7 @@ from potluck.compose.merging.models import MODEL_METHODS, merge_models
 from potluck.compose.statistics import load_statistics
 from potluck.errors import ModelError, RecipeError
 from potluck.files import appearing, storing, write_text
+from potluck.models.export import save_like
 
 FLAGS = {"scale": "--lambda"}  # of settings whose option is not called as they are
 
@@ -163,12 +164,10 @@ def _statistics(request: Request, method: Any, adapters: Sequence[Adapter]) -> l
 
 
 def _save_with_base(adapter: Adapter, base: Base, folder: Path) -> None:
-    """The base with the adapter added to its weights, in fp32, with its tokenizer."""
+    """The base with the adapter added to its weights, stored as the base is, with its tokenizer."""
     merge_into(base.model, adapter)
     with storing(folder):
-        base.model.save_pretrained(folder)
-        tokenizer = AutoTokenizer.from_pretrained(base.place, local_files_only=True, trust_remote_code=False)
-        tokenizer.save_pretrained(folder)
+        save_like(base.model, Path(base.place), folder)
         write_text(folder / ABOUT_FILE, json.dumps(dict(adapter.about), indent=1))
 
 
