@@ -12,7 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from potluck.models.shapes import folder_config, shape_of
+from potluck.models.folder import folder_config
+from potluck.models.shapes import shape_of
 from potluck.recipe.schema import Model, ModelFolder
 
 _TOKENS_AT_ONCE = 8192  # evaluated
