@@ -27,10 +27,10 @@ from potluck.hosting import gather, start_engine
 from potluck.joining import Joined, attend, understand
 from potluck.participant import EDITING
 from potluck.preflight import forecast
-from potluck.recipe import Recipe, load_recipe, recipe_hash
+from potluck.recipe import Recipe, load_recipe
 from potluck.recipe.engine import Nats
 from potluck.recipe.part import Part, load_part
-from potluck.records.folder import Variant, create_run, locked, open_run, run_folder
+from potluck.records.folder import Variant, check_same_recipe, create_run, locked, open_run, run_folder
 from potluck.records.journal import Journal
 from potluck.records.live import view
 from potluck.run import Run, finished, history, newest_checkpoint
@@ -255,10 +255,7 @@ def _same_or_new(folder: Path, recipe: Recipe) -> None:
         create_run(folder, recipe, Variant("together", recipe.participant_names))
         return
     known, _ = open_run(folder)
-    if recipe_hash(known) != recipe_hash(recipe):
-        raise RunFolderError(
-            f"{folder}: there is a run of another recipe here", "give this one another name or records.folder"
-        )
+    check_same_recipe(known, recipe, folder)
     if finished(folder):
         raise RunFolderError(f"{folder}: this run is finished", "another name or records.folder starts a new one")
 

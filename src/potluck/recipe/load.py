@@ -62,11 +62,29 @@ def recipe_hash(recipe: Recipe) -> str:
 
     Where text, tokenizer and model lie is left out: a checkpoint names their content.
     """
+    return hashlib.sha256(json.dumps(_deciding(recipe), sort_keys=True).encode()).hexdigest()
+
+
+def changed_keys(was: Recipe, now: Recipe) -> list[str]:
+    """Keys that decide a run's numbers and differ between two recipes, such as ``rounds.count``."""
+    before, after = dict(_flat(_deciding(was), "")), dict(_flat(_deciding(now), ""))
+    return sorted(key for key in before.keys() | after.keys() if before.get(key) != after.get(key))
+
+
+def _deciding(recipe: Recipe) -> Any:
     content = recipe.model_dump(mode="json", exclude={"records": True, "compute": True, "data": {"shards"}})
     if recipe.editing is None:
         del content["editing"]
     content["engine"] = {"kind": recipe.engine.kind}  # how messages travel does not change what they say
-    return hashlib.sha256(json.dumps(_without_paths(content), sort_keys=True).encode()).hexdigest()
+    return _without_paths(content)
+
+
+def _flat(value: Any, key: str) -> Iterator[tuple[str, Any]]:
+    items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list | tuple) else ()
+    if not items:
+        yield key, value
+    for name, inner in items:
+        yield from _flat(inner, f"{key}.{name}" if key else str(name))
 
 
 def _read(path: Path, children: tuple[Path, ...]) -> dict[str, Any]:

@@ -6,6 +6,7 @@ import json
 import re
 import tomllib
 from collections.abc import Iterable, Sequence
+from typing import Any
 
 from potluck.records.curves import HeldOut, RunRecord
 from potluck.records.units import bytes_text, count_text, one_line
@@ -44,7 +45,7 @@ def model_card(
         _participants(record),
         _held_out(record),
         _limits(record, recipe_toml),
-        _recipe(recipe_toml),
+        _recipe(record, recipe_toml),
         _versions(record),
     ]
     return "\n\n".join(section for section in sections if section) + "\n"
@@ -104,10 +105,7 @@ def _measures(value: HeldOut) -> tuple[str, str]:
 
 
 def _limits(record: RunRecord, recipe_toml: str) -> str:
-    try:
-        tokenizer = tomllib.loads(recipe_toml).get("tokenizer")
-    except tomllib.TOMLDecodeError:
-        tokenizer = None
+    tokenizer = _tables(recipe_toml).get("tokenizer")
     joint = isinstance(tokenizer, dict) and tokenizer.get("kind") == "bpe" and record.variant != "pooled"
     return (
         "## Limits\n\n"
@@ -118,11 +116,32 @@ def _limits(record: RunRecord, recipe_toml: str) -> str:
     )
 
 
-def _recipe(recipe_toml: str) -> str:
+def command_of(variant: str, recipe_toml: str) -> str:
+    """The command that trains what a run of a recipe trained."""
+    if variant != "together":  # its recipe was made of that of all together
+        return "potluck compare recipe.toml"
+    engine = _tables(recipe_toml).get("engine")
+    hosted = isinstance(engine, dict) and engine.get("kind") == "nats"
+    return "potluck host recipe.toml" if hosted else "potluck train recipe.toml"
+
+
+def _tables(recipe_toml: str) -> dict[str, Any]:
+    try:
+        return tomllib.loads(recipe_toml)
+    except tomllib.TOMLDecodeError:
+        return {}
+
+
+def _recipe(record: RunRecord, recipe_toml: str) -> str:
     longest = max((len(run) for run in re.findall(r"`+", recipe_toml)), default=0)
     fence = "`" * max(3, longest + 1)
     block = f"{fence}toml\n{recipe_toml.strip()}\n{fence}"
-    return f"## Recipe\n\n`potluck train recipe.toml` with this recipe trains it.\n\n{block}"
+    command = command_of(record.variant, recipe_toml)
+    how = {
+        "potluck train recipe.toml": f"`{command}` with this recipe trains it.",
+        "potluck host recipe.toml": f"`{command}` with this recipe trains it, with everybody's `potluck join`.",
+    }.get(command, f"`{command}` trains it, with the recipe of the run together. This is the one it was given.")
+    return f"## Recipe\n\n{how}\n\n{block}"
 
 
 def _versions(record: RunRecord) -> str:

@@ -3,7 +3,7 @@
 ::
 
     recipe.toml      the resolved recipe              events.jsonl   the truth of the run
-    run.json         what kind of run this is         checkpoints/   round-000012/ ...
+    run.json         what kind of run, its recipe     checkpoints/   round-000012/ ...
     tokenizer/       the tokenizer                    report.html, report.json, model/   made from the rest
 """
 
@@ -21,8 +21,10 @@ from filelock import FileLock, Timeout
 from potluck.errors import RunFolderError
 from potluck.files import storing, write_text
 from potluck.recipe import Recipe, load_recipe, recipe_toml
+from potluck.recipe.load import changed_keys, parse_recipe
 
 FORMAT = 1
+_SHOWN = 8  # keys in a message
 POOLED = "pooled"
 
 
@@ -74,18 +76,36 @@ def create_run(folder: Path, recipe: Recipe, variant: Variant) -> None:
             f"`potluck resume {folder}` goes on with it; another name or records.folder starts a new one",
         )
     write_text(folder / "recipe.toml", recipe_toml(recipe))
-    write_text(folder / "run.json", json.dumps({"format": FORMAT, **asdict(variant)}))  # last: now it is a run
+    facts = {"format": FORMAT, **asdict(variant), "recipe": recipe.model_dump(mode="json", exclude_none=True)}
+    write_text(folder / "run.json", json.dumps(facts))  # last: now it is a run
 
 
 def open_run(folder: Path) -> tuple[Recipe, Variant]:
     """The recipe and kind of the run in a folder.
 
     Raises:
-        RunFolderError: It is not a run folder.
+        RunFolderError: It is not a run folder, or its recipe is not the one that the run began with.
     """
     try:
         facts: Any = json.loads((folder / "run.json").read_text(encoding="utf-8"))
         variant = Variant(facts["kind"], tuple(facts["trainers"]))
     except (OSError, ValueError, KeyError, TypeError):
         raise RunFolderError(f"{folder}: not a run folder", "name the folder that `potluck train` wrote") from None
-    return load_recipe(folder / "recipe.toml"), variant
+    recipe = load_recipe(folder / "recipe.toml")
+    if "recipe" in facts:  # version 0.1 did not keep it
+        check_same_recipe(parse_recipe(facts["recipe"], f"{folder}/run.json"), recipe, folder)
+    return recipe, variant
+
+
+def check_same_recipe(was: Recipe, now: Recipe, folder: Path) -> None:
+    """Refuse a recipe that gives other numbers than the one that a run began with.
+
+    Raises:
+        RunFolderError: naming the keys that have changed.
+    """
+    if changed := changed_keys(was, now):
+        raise RunFolderError(
+            f"{folder}: the run here began with another recipe: {', '.join(changed[:_SHOWN])}"
+            + (f" and {len(changed) - _SHOWN} more" if len(changed) > _SHOWN else ""),
+            "put back what was changed; a changed recipe is another run, with another name or records.folder",
+        )

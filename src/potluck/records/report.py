@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from potluck.files import write_text
+from potluck.records.card import command_of
 from potluck.records.charts import PALETTE, RIVAL, STRONG, Line, Panel, draw_svg
 from potluck.records.curves import (
     Comparison,
@@ -21,6 +22,7 @@ from potluck.records.curves import (
     read_run,
     summary_table,
 )
+from potluck.records.folder import POOLED, open_run
 from potluck.records.page import comparison_page, run_page
 from potluck.records.units import count_text
 
@@ -36,15 +38,17 @@ def write_report(folder: Path) -> Path:
         The path of ``report.html``, which needs no other file and no network.
 
     Raises:
-        RunFolderError: The folder is neither.
+        RunFolderError: The folder is neither, or its recipe was changed.
         CheckpointError: An event log is damaged.
         MissingExtra: matplotlib is not installed.
         StorageError: The report cannot be written.
     """
+    if (folder / "run.json").exists():
+        open_run(folder)  # its recipe is the one that the run began with
     recipe = _recipe_text(folder)
     if is_comparison(folder):
         comparison = read_comparison(folder)
-        data = comparison_data(comparison, recipe)
+        data = comparison_data(comparison, recipe, _with_pooled(folder))
         page = comparison_page(data, _comparison_charts(comparison))
     else:
         run = read_run(folder)
@@ -61,7 +65,7 @@ def run_data(run: RunRecord, recipe: str) -> dict[str, Any]:
         "schema": REPORT_SCHEMA,
         "kind": "run",
         "headline": _run_headline(run),
-        "command": "potluck train recipe.toml",
+        "command": command_of(run.variant, recipe),
         **{key: getattr(run, key) for key in ("name", "variant", "potluck", "recipe_hash", "time", "parameters")},
         **{key: getattr(run, key) for key in ("planned_rounds", "local_steps", "tokens_per_step", "resumed")},
         **{key: getattr(run, key) for key in ("finished", "state_hash", "total_tokens")},
@@ -82,7 +86,7 @@ def run_data(run: RunRecord, recipe: str) -> dict[str, Any]:
     }
 
 
-def comparison_data(comparison: Comparison, recipe: str) -> dict[str, Any]:
+def comparison_data(comparison: Comparison, recipe: str, with_pooled: bool = True) -> dict[str, Any]:
     """A comparison's report as plain data; each run without its copy of the recipe."""
     summary = summary_table(comparison)
     pooled = comparison.pooled
@@ -91,7 +95,7 @@ def comparison_data(comparison: Comparison, recipe: str) -> dict[str, Any]:
         "kind": "comparison",
         "name": comparison.together.name,
         "headline": comparison_headline(summary),
-        "command": "potluck compare recipe.toml",
+        "command": "potluck compare recipe.toml" + ("" if with_pooled else " --no-pooled"),
         "summary": summary,
         "together": run_data(comparison.together, ""),
         "alone": {name: run_data(run, "") for name, run in comparison.alone.items()},
@@ -130,12 +134,19 @@ def _participant_data(run: RunRecord, name: str) -> dict[str, Any]:
         **{status: sum(item.status == status for item in mine) for status in ("ok", "failed", "rejected")},
         "trained_tokens": sum(item.tokens for item in mine),
         "skipped_steps": sum(item.skipped_steps for item in mine),
-        "epochs": max((item.epoch for item in mine), default=0),
+        "epochs": _epochs(run, name),
         "down_bytes": run.transferred("down_bytes", name),
         "up_bytes": run.transferred("up_bytes", name),
         "seconds": sum(item.seconds for item in mine),
         "bits_per_byte": last.bits_per_byte if last else None,
     }
+
+
+def _epochs(run: RunRecord, name: str) -> float:
+    """Passes over its own text; of the pooled run, over everybody's."""
+    held = [item.train_tokens for item in run.participants if name in (item.name, POOLED)]
+    trained = sum(item.tokens for item in run.contributions if item.participant == name)
+    return trained / sum(held) if sum(held) else 0.0
 
 
 def _trouble(run: RunRecord) -> list[dict[str, Any]]:
@@ -253,6 +264,11 @@ def _share(run: RunRecord, points: list[tuple[float, float | None]]) -> list[tup
     done = len(run.rounds) / run.planned_rounds if run.rounds else 1.0
     whole = run.total_tokens / done or 1.0
     return [(100 * tokens / whole, value) for tokens, value in points]
+
+
+def _with_pooled(folder: Path) -> bool:
+    """Whether a comparison was asked for with the pooled run."""
+    return not (folder / "run.json").exists() or POOLED in open_run(folder)[1].trainers
 
 
 def _recipe_text(folder: Path) -> str:
