@@ -351,6 +351,7 @@ PRESETS = {
         grid=((2, "iid", (DATA_PARALLEL, DILOCO, "DiLoCo int4"), 1), (4, "iid", (DATA_PARALLEL, DILOCO), 1)),
     ),
 }  # fmt: skip
+PRESETS["quick-random"] = replace(PRESETS["quick"], start_steps=0, learning_rate=START_RATE, best_rates={})
 
 
 def cases_of(size: Size) -> Iterator[Case]:

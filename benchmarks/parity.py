@@ -8,7 +8,7 @@ as if the participants had made it by data-parallel training.
 
 Finished cases are kept in ``--keep FOLDER``, so that a long campaign may be cut and go on; ``--cases`` runs part of
 it, ``--table`` only tells what is there. ``--preset 35m`` is the form for a GPU, ``--preset quick`` the full form in
-small. ``--peers`` needs ``make peers``.
+small, ``--preset quick-random`` the same from random weights. ``--peers`` needs ``make peers``.
 """
 
 from __future__ import annotations
@@ -267,7 +267,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     for name in SIZES:
         length.add_argument(f"--{name}", dest="size", action="store_const", const=name)
     length.add_argument(
-        "--preset", dest="size", choices=PRESETS, help="a form for a GPU (35m), or the full form in small (quick)"
+        "--preset",
+        dest="size",
+        choices=PRESETS,
+        help="a form for a GPU (35m), or the full form in small, from a model or from random weights",
     )
     parser.add_argument("--keep", type=Path, default=Path("runs/parity"), help="folder of finished cases")
     parser.add_argument("--cases", default="", help="run only cases in whose name this pattern is found")
