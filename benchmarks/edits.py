@@ -195,7 +195,7 @@ METHODS: Mapping[str, Mapping[str, Method]] = {
         f"layers {layers}, free {free:g}, L2 {weight:g}": _in_weights(
             WeightSettings("alphaedit", layers, "prompt", free=free, null_weight=weight)
         )
-        for layers, free, weight in (((4,), 0.75, 0.5), ((4,), 0.75, 1.0), ((4,), 0.75, 2.0), ((4,), 0.5, 1.0))
+        for layers, free, weight in (((4,), 0.75, 1.0), ((4,), 0.75, 2.0), ((4,), 0.75, 4.0), ((4,), 0.5, 1.0))
     },
     "GRACE": {
         f"layer {layer}, radius {radius:g}": _beside(layer, GraceSettings(radius=radius))
@@ -217,7 +217,7 @@ METHODS: Mapping[str, Mapping[str, Method]] = {
 TAKEN = {
     "ROME": "layer 4, ridge 0.03",
     "MEMIT": "layers (4,), lambda 8000",
-    "AlphaEdit": "layers (4,), free 0.75, L2 1",
+    "AlphaEdit": "layers (4,), free 0.75, L2 2",
     "GRACE": "layer 4, radius 0.5",
     "WISE": "layer 3, shards of 25",
     "FT": "layer 4, rate 0.002",

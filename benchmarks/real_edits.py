@@ -6,7 +6,8 @@ measured, what is before it is what edits of weights leave alone (key moments ar
 
 **begins**, **rephrase**: free answers that begin with the target, to the prompt and to its rephrases; **exact**: those
 that are the target. **neighbours**: free answers about others that begin as before. **ES**, **PS**, **NS** are
-CounterFact's. **loss**: of the text, nats a token. ``--count`` edits, with ``--neighbours`` of each, are taken.
+CounterFact's. **loss**: of the text, nats a token. ``--count`` edits are taken, with ``--neighbours`` and as many
+rephrases of each.
 
 ``python -m benchmarks.real_edits --full --model FOLDER --edits FILE --text FILE [--methods memit,wise] [--ways once]``
 """
@@ -38,6 +39,7 @@ from potluck.edit.weights import WeightEditor
 
 ASSET = Path(__file__).parents[1] / "tests/assets/world"
 METHODS = (*IN_WEIGHTS, *BESIDE, *TUNED)
+_TOKENS = 8  # of an answer about others
 _FLUENT = 3  # edits whose longer answers are looked at
 WAYS = {"once": 0, "one by one": 1}  # edits in a batch
 SHOWN = {
@@ -52,7 +54,8 @@ class Size:
 
     Attributes:
         model: Folder of the pretrained model.
-        edits: File of edits, of which the first ``count`` are made, each judged by ``neighbours`` prompts about others.
+        edits: File of edits, of which the first ``count`` are made, each judged by ``neighbours`` prompts about others
+            and as many rephrases, at most.
         text: Whose loss is measured, and which is left alone.
         keep: Where key moments are kept.
         methods: Of `potluck edit apply`.
@@ -96,7 +99,7 @@ def measure(size: Size) -> list[Measurement]:
 
 def of_model(size: Size, base: Base, asked: Asked) -> list[Measurement]:
     """Figures of each method and way on one model."""
-    before, stream = answers_before(base, asked.edits), token_stream(asked.held, base.vocabulary)
+    before, stream = answers_before(base, asked.edits, tokens=_TOKENS), token_stream(asked.held, base.vocabulary)
     found = _rows("as it was", _figures(base, asked.edits, before, loss_on(base.model, stream, 128)))
     for method in size.methods:
         for way in size.ways:
@@ -114,7 +117,7 @@ def of_model(size: Size, base: Base, asked: Asked) -> list[Measurement]:
 
 
 def _figures(base: Base, edits: Sequence[Edit], before: Before, loss: float) -> dict[str, float]:
-    scores = as_percent(score_edits(base, edits, before, fluent=_FLUENT))
+    scores = as_percent(score_edits(base, edits, before, fluent=_FLUENT, tokens=_TOKENS))
     shown = {name: scores[field] for name, field in SHOWN.items()}
     return {name: value for name, value in shown.items() if value is not None} | {"loss": loss}
 
@@ -127,7 +130,10 @@ def _rows(name: str, figures: dict[str, float]) -> list[Measurement]:
 
 def _fewer(edits: Sequence[Edit], size: Size) -> list[Edit]:
     n = size.neighbours
-    return [replace(edit, neighbours=edit.neighbours[:n], truths=edit.truths[:n]) for edit in edits]
+    return [
+        replace(edit, neighbours=edit.neighbours[:n], truths=edit.truths[:n], rephrases=edit.rephrases[:n])
+        for edit in edits
+    ]
 
 
 def given(arguments: Sequence[str]) -> tuple[dict[str, Any], list[str]]:

@@ -16,10 +16,9 @@ import numpy as np
 from potluck.compose.base import Base, token_stream
 from potluck.compose.training import loss_on
 from potluck.edit.contexts import contexts
-from potluck.edit.evaluation import Before, answered, neighbours_of, unchanged
+from potluck.edit.evaluation import Before, answered, answers_before, unchanged
 from potluck.edit.facts import Edit
 from potluck.edit.fluency import fluency
-from potluck.edit.prompts import said
 
 HELD = 8_000  # characters of a text whose loss is measured, at most a tenth of it
 _NEIGHBOURS = 100  # prompts about others that are asked, at most
@@ -106,7 +105,7 @@ def _wellbeing(base: Base, edits: Sequence[Edit], stream: np.ndarray, seed: int)
 
 
 def _said(base: Base, asked: Sequence[Edit]) -> Before:
-    return Before(tuple(said(base, neighbours_of(asked), max_tokens=_TOKENS)))
+    return answers_before(base, asked, tokens=_TOKENS)
 
 
 def _sampled(edits: Sequence[Edit]) -> tuple[Edit, ...]:

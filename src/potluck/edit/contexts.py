@@ -17,7 +17,7 @@ from torch import Tensor
 
 from potluck.compose.base import Base
 from potluck.edit.facts import Edit
-from potluck.edit.layout import Layout, host, watching
+from potluck.edit.layout import Layout, host, run_to
 from potluck.edit.prompts import Row, row, rows_of
 from potluck.errors import EditError
 
@@ -82,17 +82,17 @@ def keys_at(
 def hidden_at(base: Base, layout: Layout, layer: int, edits: Sequence[Edit], at: Site = "subject") -> Tensor:
     """The residual stream after a layer at the edited token of each plain prompt, ``(E, d_out)``, float64."""
     rows = [prompt_row(base, edit, at=at) for edit in edits]
-    found = _collected(base, rows, {layer: layout.block(layer)}, inputs=False)
+    found = _collected(base, layout, rows, {layer: layout.block(layer)}, inputs=False)
     return found[layer]
 
 
 def _at_subject(base: Base, layout: Layout, layers: Sequence[int], rows: Sequence[Row]) -> dict[int, Tensor]:
-    return _collected(base, rows, {layer: layout.map(layer) for layer in layers}, inputs=True)
+    return _collected(base, layout, rows, {layer: layout.map(layer) for layer in layers}, inputs=True)
 
 
 @torch.inference_mode()
 def _collected(
-    base: Base, rows: Sequence[Row], modules: dict[int, torch.nn.Module], *, inputs: bool
+    base: Base, layout: Layout, rows: Sequence[Row], modules: dict[int, torch.nn.Module], *, inputs: bool
 ) -> dict[int, Tensor]:
     found: dict[int, list[Tensor]] = {key: [] for key in modules}
     for begin in range(0, len(rows), _ROWS):
@@ -102,6 +102,5 @@ def _collected(
         def take(key: int, entered: Tensor, left: Tensor, places: tuple[Tensor, Tensor] = places) -> None:
             found[key].append(host((entered if inputs else left)[places]))
 
-        with watching(modules, take):
-            base.model.base_model(input_ids=batch.ids, attention_mask=batch.mask, use_cache=False)
+        run_to(layout, modules, take, input_ids=batch.ids, attention_mask=batch.mask)
     return {key: torch.cat(parts) for key, parts in found.items()}

@@ -21,6 +21,7 @@ from potluck.edit.fluency import fluency
 from potluck.edit.judging import begins, exactly, sentence
 from potluck.edit.prompts import (
     MARGIN,
+    MAX_ANSWER,
     Answer,
     answer_nll,
     answers,
@@ -94,13 +95,18 @@ def neighbours_of(edits: Sequence[Edit]) -> list[str]:
     return [prompt for edit in edits for prompt in edit.neighbours]
 
 
-def answers_before(base: Base, edits: Sequence[Edit], batch_size: int = 16) -> Before:
-    """What a model says of the neighbours before it is edited."""
-    return Before(tuple(said(base, neighbours_of(edits), batch_size)))
+def answers_before(base: Base, edits: Sequence[Edit], batch_size: int = 16, tokens: int = MAX_ANSWER) -> Before:
+    """What a model says of the neighbours before it is edited, in so many tokens at most."""
+    return Before(tuple(said(base, neighbours_of(edits), batch_size, tokens)))
 
 
 def score_edits(
-    base: Base, edits: Sequence[Edit], before: Before | None, batch_size: int = 16, fluent: int = 50
+    base: Base,
+    edits: Sequence[Edit],
+    before: Before | None,
+    batch_size: int = 16,
+    fluent: int = 50,
+    tokens: int = MAX_ANSWER,
 ) -> Scores:
     """Ask the edited model.
 
@@ -110,11 +116,12 @@ def score_edits(
         before: Of the unedited model; without it nothing is said of locality.
         batch_size: Changes nothing but speed.
         fluent: Edits whose longer answers are looked at.
+        tokens: Of an answer about a neighbour, as in ``before``.
     """
     asked = [(edit.prompt, edit.target) for edit in edits]
     rephrased = [(prompt, edit.target) for edit in edits for prompt in edit.rephrases]
     told, told_again = answered(base, asked, batch_size), answered(base, rephrased, batch_size)
-    kept = None if before is None else unchanged(base, edits, before, answers_before(base, edits, batch_size))
+    kept = None if before is None else unchanged(base, edits, before, answers_before(base, edits, batch_size, tokens))
     given, given_again = _given(base, asked, batch_size), _given(base, rephrased, batch_size)
     begun = [_share(told.begins), _share(told_again.begins), None if kept is None else _share(kept.begins)]
     chances = _chances(base, edits, given, given_again, batch_size)

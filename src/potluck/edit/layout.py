@@ -7,7 +7,7 @@ Known are decoders of Llama's type (``model.layers[i].mlp.down_proj``, also Qwen
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -117,6 +117,30 @@ def watching(modules: Mapping[int, nn.Module], take: Callable[[int, Tensor, Tens
         for key, module in modules.items():
             stack.callback(module.register_forward_hook(told(key)).remove)
         yield
+
+
+def run_to(
+    layout: Layout, modules: Mapping[int, nn.Module], take: Callable[[int, Tensor, Tensor], None], **batch: Any
+) -> None:
+    """One run of the model, watched as by `watching`, that ends with the module of the last layer.
+
+    Args:
+        modules: By layer; each computes once.
+        batch: What the model gets.
+    """
+    last = max(modules)
+
+    def told(layer: int, entered: Tensor, left: Tensor) -> None:
+        take(layer, entered, left)
+        if layer == last:
+            raise _Enough
+
+    with watching(modules, told), suppress(_Enough):
+        layout.model.base_model(**batch, use_cache=False)
+
+
+class _Enough(Exception):
+    """Nothing that the rest of the run gives is wanted."""
 
 
 @contextmanager

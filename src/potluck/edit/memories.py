@@ -16,7 +16,7 @@ from torch.nn.functional import pad
 from potluck.compose.base import Base
 from potluck.edit.contexts import prompt_row
 from potluck.edit.facts import Edit
-from potluck.edit.layout import Layout, host, layout_of, watching
+from potluck.edit.layout import Layout, host, layout_of, run_to
 from potluck.edit.prompts import Row, Rows, row, rows_of
 from potluck.edit.tails import Tails, tails_of
 from potluck.files import appearing, storing, write_text
@@ -130,8 +130,13 @@ def asked(
     batch = batch.to(base.model.device)
     found: list[Tensor] = []
     base.model.requires_grad_(False)
-    with watching({layer: layout.map(layer)}, lambda _, keys, plain: found.extend((keys, plain))):
-        base.model.base_model(input_ids=batch.ids, attention_mask=batch.mask, use_cache=False)
+    run_to(
+        layout,
+        {layer: layout.map(layer)},
+        lambda _, keys, plain: found.extend((keys, plain)),
+        input_ids=batch.ids,
+        attention_mask=batch.mask,
+    )
     return Asked(batch, found[0], found[1], tails_of(base, layout, layer, batch, batch.last), base)
 
 
@@ -164,6 +169,6 @@ def keys_of_texts(base: Base, layout: Layout, layer: int, texts: Sequence[str]) 
         def take(key: int, keys: Tensor, output: Tensor, batch: Rows = batch) -> None:
             found.extend(own[mask].float() for own, mask in zip(host(keys), batch.mask.cpu().bool(), strict=True))
 
-        with watching({layer: layout.map(layer)}, take), torch.inference_mode():
-            base.model.base_model(input_ids=batch.ids, attention_mask=batch.mask, use_cache=False)
+        with torch.inference_mode():
+            run_to(layout, {layer: layout.map(layer)}, take, input_ids=batch.ids, attention_mask=batch.mask)
     return found

@@ -19,7 +19,7 @@ from torch import Tensor
 from potluck.aggregation.statistics import Statistics
 from potluck.compose.base import Base
 from potluck.corpus.tokenizer import pieces
-from potluck.edit.layout import Layout, watching
+from potluck.edit.layout import Layout, run_to
 from potluck.errors import CorpusError, EditError
 from potluck.files import storing
 
@@ -68,9 +68,10 @@ def squared_keys(
         flat = keys.flatten(0, 1).float()
         sums[layer] += (flat.T @ flat).cpu().double()
 
-    with watching({layer: layout.map(layer) for layer in layers}, take), torch.inference_mode():
+    maps = {layer: layout.map(layer) for layer in layers}
+    with torch.inference_mode():
         for batch in batches:
-            base.model.base_model(input_ids=batch.to(base.model.device), use_cache=False)
+            run_to(layout, maps, take, input_ids=batch.to(base.model.device))
             tokens += batch.numel()
     return sums, tokens
 

@@ -44,7 +44,7 @@ class WiseSettings:
         density: ρ, share of the map's entries that a shard may change.
         mode: ``retrieve``: the shard that recognises a text best; ``merge``: all shards as one, by TIES.
         inside, outside: ``‖Δ x‖`` is at least ``inside`` where an edit is asked for and at most ``outside`` elsewhere,
-            in units of the median ``‖W x‖``.
+            in units of the mean ``‖W x‖`` but for first tokens, where models have attention sinks.
         margin: Weight of both.
         steps, learning_rate: Of Adam.
         enough: A shard whose loss is below it is left as it is.
@@ -184,10 +184,11 @@ def _trained(base: Base, memory: WiseMemory, place: int, edits: tuple[Edit, ...]
     before = contexts(base, settings.seed, settings.contexts)
     rows = asked(base, layout, memory.layer, edits, before, settings.onward)
     others = [keys for text, keys in memory.quiet if not any(edit.subject in text for edit in edits)]
-    quiet = torch.cat(others or [keys for _, keys in memory.quiet]).to(rows.keys.device)
+    others = others or [keys for _, keys in memory.quiet]
+    quiet, sinkless = (torch.cat([keys[begin:] for keys in others]).to(rows.keys.device) for begin in (0, 1))
     alike, unseen = (keys_of_texts(base, layout, memory.layer, t) for t in _near(edits, settings.near, settings.seed))
     near = torch.cat(alike).to(quiet) if alike else quiet[:0]
-    typical = float((quiet @ layout.weight(memory.layer).T).norm(dim=1).median())
+    typical = float((sinkless @ layout.weight(memory.layer).T).norm(dim=1).mean())
     draw = torch.Generator().manual_seed(settings.seed * 1_000_003 + place)
     mask = (torch.rand(layout.d_out, layout.d_in, generator=draw) < settings.density).to(rows.keys.device)
     free = torch.zeros(layout.d_out, layout.d_in, device=rows.keys.device, requires_grad=True)
