@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -21,7 +21,7 @@ from potluck.compose.decoding.deferral import Lesson, learn_deferral
 from potluck.compose.decoding.gates import save_deferral
 from potluck.compose.decoding.models import Here, NextToken
 from potluck.compose.decoding.opened import Choice, opened, rule_of
-from potluck.corpus.tokenizer import Vocabulary, load_vocabulary, save_vocabulary
+from potluck.corpus.tokenizer import Vocabulary, chat_templates, load_vocabulary, save_vocabulary
 from potluck.embedded import Workplace, embedded_run, environment, held_out_of, identity, prepare
 from potluck.errors import (
     CheckpointError,
@@ -34,6 +34,7 @@ from potluck.errors import (
 )
 from potluck.files import storing, write_text
 from potluck.local.evaluate import negative_log_likelihood
+from potluck.local.generate import chat_turn, room
 from potluck.local.generate import generate as continue_text
 from potluck.models.build import build_model
 from potluck.models.export import export_folder
@@ -111,18 +112,53 @@ def evaluate(folder: Path, console: Console, model: Path | None, number: int | N
     return {"model": str(folder), "round": restored.checkpoint.round, **_held_out(workplace)}
 
 
-def generate(source: Path, prompt: str, *, max_tokens: int, temperature: float, top_p: float, seed: int) -> str:
-    """A prompt's continuation by a run's newest model or by an exported folder."""
+def generate(
+    source: Path,
+    prompt: str,
+    *,
+    max_tokens: int,
+    temperature: float | None,
+    top_p: float | None,
+    seed: int,
+    raw: bool = False,
+    say: Callable[[str], None] = lambda message: None,
+) -> tuple[str, bool]:
+    """What a run's newest model, or an exported folder, says to a prompt.
+
+    Args:
+        temperature: Left out, it is the model's own; so is ``top_p``.
+        raw: Continue the prompt, though the model has a chat template.
+        say: Told what the prompt is taken for, and where the model's context ends early.
+
+    Returns:
+        The text, and whether it answers a chat turn and does not continue the prompt.
+
+    Raises:
+        RecipeError: There is no chat template to do without.
+        ModelError: The model cannot be used, or the prompt fills its context.
+    """
     base = _base(source)
-    return continue_text(
-        base.model,
-        base.vocabulary,
-        prompt,
-        max_tokens=max_tokens,
-        temperature=temperature,
-        top_p=top_p,
-        seed=seed,
-    )
+    folder = _tokenizer_folder(source)
+    chat = folder is not None and bool(chat_templates(folder))
+    if raw and not chat:
+        raise RecipeError("--raw has no effect: the model has no chat template, every prompt is continued", "leave it")
+    context = base.vocabulary.prompt(prompt)
+    if chat and not raw and folder is not None:
+        say("a turn of a chat, by the model's chat template; --raw continues the prompt as a text")
+        context = chat_turn(folder, prompt)
+    left = room(base.model, context)
+    if left < max_tokens:
+        say(f"the model's context of {left + len(context)} tokens leaves room for {left}, not {max_tokens}")
+    how = {"max_tokens": max_tokens, "temperature": temperature, "top_p": top_p, "seed": seed}
+    return continue_text(base.model, base.vocabulary, context, **how), chat and not raw  # type: ignore[arg-type]
+
+
+def _tokenizer_folder(source: Path) -> Path | None:
+    """Where the tokenizer of a run or a model folder came from; ``None`` if it was made for the run."""
+    if not (source / "run.json").exists():
+        return source
+    table = open_run(_single_run(source))[0].tokenizer
+    return Path(table.path) if isinstance(table, TokenizerFolder) else None
 
 
 def generate_together(

@@ -76,6 +76,7 @@ VERBS = {
         "--temperature",
         "--top-p",
         "--seed",
+        "--raw",
         "--assistant",
         "--rule",
         "--deferral",

@@ -68,7 +68,7 @@ def defer(
 def continue_alone(
     source: Path, prompt: str, sampled: Mapping[str, Any], given: Mapping[str, Any], as_json: bool
 ) -> None:
-    """Continue a text with one model.
+    """Continue a text, or answer a chat turn, with one model.
 
     Raises:
         RecipeError: An option is for several.
@@ -78,11 +78,11 @@ def continue_alone(
     idle = [name.replace("_", "-") for name, value in given.items() if value is not None]
     if idle:
         raise RecipeError(f"--{idle[0]} has no effect without an assistant", "name one: --assistant FOLDER_OR_URL")
-    text = generate(source, prompt, **sampled)
+    text, answers = generate(source, prompt, **sampled, say=lambda message: typer.echo(message, err=True))
     if as_json:
         print_json({"prompt": prompt, "text": text})
     else:
-        typer.echo(prompt + text)
+        typer.echo(text if answers else prompt + text)
 
 
 def continue_together(
@@ -105,7 +105,10 @@ def continue_together(
 
     if given["rule"] is None:
         raise RecipeError("who speaks when is not said", f"--rule {'|'.join(RULES)}")
-    settings = dict(sampled)
+    from potluck.local.generate import TEMPERATURE, TOP_P
+
+    plain = {"temperature": TEMPERATURE, "top_p": TOP_P}  # several models have no config of their own
+    settings: dict[str, Any] = {name: plain.get(name) if v is None else v for name, v in sampled.items()}
     max_tokens = settings.pop("max_tokens")
     found = generate_together(
         source, assistants, Choice(**given), prompt, max_tokens=max_tokens, sampling=Sampling(**settings),

@@ -273,14 +273,20 @@ def evaluate(
     print_facts(evaluate_edits(place, edits, before, text), as_json)
 
 
+_TEMPERATURE = "0 takes the likeliest token each time; if left out, the model's own, or 0.8."
+_TOP_P = "Draw from this share of probability; if left out, the model's own, or 0.95."
+_RAW = "Continue the prompt as a text, though the model has a chat template."
+
+
 @verbs.command()
 def generate(
     source: Annotated[Path, typer.Argument(metavar="RUN_OR_MODEL", help="A run folder or an exported model.")],
-    prompt: Annotated[str, typer.Option(help="The text to continue.")] = "",
+    prompt: Annotated[str, typer.Option(help="The text to continue, or what the user says.")] = "",
     max_tokens: Annotated[int, typer.Option(min=1, help="Longest continuation, in tokens.")] = 128,
-    temperature: Annotated[float, typer.Option(min=0.0, help="0 takes the likeliest token each time.")] = 0.8,
-    top_p: Annotated[float, typer.Option(min=0.01, max=1.0, help="Draw from this share of probability.")] = 0.95,
+    temperature: Annotated[float | None, typer.Option(min=0.0, help=_TEMPERATURE)] = None,
+    top_p: Annotated[float | None, typer.Option(min=0.01, max=1.0, help=_TOP_P)] = None,
     seed: Annotated[int, typer.Option(min=0, help="The same seed gives the same text.")] = 0,
+    raw: Annotated[bool, typer.Option("--raw", help=_RAW)] = False,
     assistant: AssistantOption = None,
     rule: RuleOption = None,
     deferral: DeferralOption = None,
@@ -292,16 +298,18 @@ def generate(
     api_key_env: KeyOption = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Continue a text with a trained model, alone or together with others."""
+    """Continue a text, or answer a chat turn, with a trained model, alone or together with others."""
     sampled = {"max_tokens": max_tokens, "temperature": temperature, "top_p": top_p, "seed": seed}
     given = {
         "rule": rule, "deferral": deferral, "threshold": threshold, "draft": draft, "strength": strength,
         "plausibility": plausibility, "delimiter": delimiter,
     }  # fmt: skip
     if assistant:
+        if raw:
+            raise typer.BadParameter("has no effect with --assistant: the prompt is continued", param_hint="--raw")
         continue_together(source, assistant, prompt, sampled, given, api_key_env, as_json)
     else:
-        continue_alone(source, prompt, sampled, {**given, "api_key_env": api_key_env}, as_json)
+        continue_alone(source, prompt, {**sampled, "raw": raw}, {**given, "api_key_env": api_key_env}, as_json)
 
 
 @verbs.command()

@@ -260,7 +260,7 @@ def folder_vocabulary(folder: Path) -> Vocabulary:
     with _reading(folder):
         tokenizer, eos = _read_folder(folder)
         named = _named_ends(folder)
-        template = _chat_templates(folder)
+        template = chat_templates(folder)
     last = None if eos is None else tokenizer.token_to_id(eos)
     if eos is None or last is None:
         hint = "name one as `eos_token` in tokenizer_config.json"
@@ -321,11 +321,14 @@ def _named_ends(folder: Path) -> list[int]:
     return [int(number) for ids in named if ids is not None for number in (ids if isinstance(ids, list) else [ids])]
 
 
-def _chat_templates(folder: Path) -> str:
-    """The text of the tokenizer's chat templates, if it has any."""
+def chat_templates(folder: Path) -> str:
+    """The text of a tokenizer folder's chat templates; empty if it has none."""
     files = [folder / "chat_template.jinja", *sorted((folder / "additional_chat_templates").glob("*.jinja"))]
     texts = [path.read_text(encoding="utf-8") for path in files if path.is_file()]
-    return "\n".join([*texts, json.dumps(_json_table(folder / "tokenizer_config.json").get("chat_template", ""))])
+    inside = (
+        _json_table(folder / name).get("chat_template") for name in ("tokenizer_config.json", "chat_template.json")
+    )
+    return "\n".join([*texts, *(json.dumps(template) for template in inside if template)])
 
 
 def _read_folder(folder: Path) -> tuple[Tokenizer, str | None]:
