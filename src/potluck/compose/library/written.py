@@ -25,7 +25,7 @@ from potluck.recipe.seeds import seed_of
 
 FOLDER = "begun"
 _OPERATIONS, _FEWEST, _MOST = 2.5e12, 64, 512  # of all windows: a minute on one CPU core
-_AT_ONCE, _FEW_AT_ONCE, _MANY_AT_ONCE = 6e11, 8, 128  # of a piece
+_AT_ONCE, _FEW_AT_ONCE, _MANY_AT_ONCE = 1.3e12, 16, 128  # of a piece
 
 Say = Callable[[str], None]
 
