@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -70,6 +71,24 @@ def test_each_module_that_does_not_fit_is_named(base: Base) -> None:
 def test_what_is_doubtful_is_said(base: Base, given: Adapter, says: str | None) -> None:
     found = check_adapter(base, given, "a")
     assert found == [] if says is None else (len(found) == 1 and says in found[0])
+
+
+@pytest.mark.parametrize(
+    ("said", "place", "same"),
+    [
+        ("org/Tiny", "hub/models--org--tiny/snapshots/0f", True),
+        ("org/Tiny", "hub/models--org--tiny-2/snapshots/0f", False),
+        ("run/model", "run", True),
+        ("run", "other/model", False),
+    ],
+)
+def test_one_base_has_many_names(
+    base: Base, said: str, place: str, same: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for folder in ("run/model", "other/model"):
+        (tmp_path / folder).mkdir(parents=True)
+    assert bool(check_adapter(replace(base, place=place), adapter(base=said), "a")) != same
 
 
 def test_an_adapter_with_the_hash_of_its_base_may_call_it_anything(base: Base) -> None:

@@ -51,8 +51,13 @@ def adds_something(adapter: Adapter) -> bool:
 
 
 def _one_name(said: str, place: str) -> bool:
-    """Whether two names may be of one base: one folder, or the same last part, as in ``org/name`` and ``here/name``."""
+    """Whether two names may be of one base.
+
+    They are of one folder, or a run and its model; or have the same last part, as ``org/name`` and ``here/name``, also
+    where ``hub`` keeps it, ``models--org--name/snapshots/…``.
+    """
     one, other = Path(said), Path(place)
     if one.exists() and other.exists():
-        return one.resolve() == other.resolve()
-    return one.name.casefold() == other.resolve().name.casefold()
+        return one.resolve() in (other.resolve(), (other / "model").resolve())
+    name = one.name.casefold()
+    return any(part == name or part.endswith(f"--{name}") for part in map(str.casefold, other.resolve().parts[-3:]))

@@ -89,7 +89,7 @@ def _piece(base: Base, windows: int, window: int, device: str, seed: int) -> np.
 def _kept(keep: Storage, about: dict[str, Any], base: Base) -> np.ndarray | None:
     """A piece that was written before, if it is whole and the one that is wanted."""
     count = about["windows"] * about["window"]
-    content = keep.read(_name(about), 1 << 16 | 8 * count)
+    content = keep.read(_name(about), 8 * count + (1 << 16))
     if content is None:
         return None
     try:
