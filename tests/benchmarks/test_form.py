@@ -27,6 +27,7 @@ from benchmarks import (
     overhead,
     packing,
     parity,
+    real_edits,
     real_forget,
     real_parts,
     wire,
@@ -88,6 +89,7 @@ TINY: dict[ModuleType, Any] = {
     edit: edit.Size(seeds=(0,), participants=2, each=2, values=2, alone=1, text=40_000, wise=2, margins=(), people=5),
     edits: edits.Size(seeds=(0,), edits=2, methods=("GRACE", "MEMIT"), people=5),
     forget: forget.Size(people=4, splits={"forget25": 1}, seeds=(0,), epochs=1, world=500, methods=(forget.MOST,)),
+    real_edits: real_edits.Size(count=1, neighbours=1, methods=("grace",), ways=("once",)),
     real_forget: real_forget.Size(gone=2, kept=2, epochs=1, methods=("npo",), checks=("npo",)),
     real_parts: real_parts.Size(
         base=replace(BASE, parties=3),

@@ -269,7 +269,9 @@ def _plain_line(standing: _Standing, event: Event) -> str:
         case "edit":
             kept = "kept" if event["kept"] else f"taken back: {one_line(event['reason'])}"
             counts = f"{sum(event['edits'].values())} facts of {_people(len(event['edits']))}"
-            return f"round {event['round']}/{standing.planned}  edited {counts}, {kept}"
+            told = sum(event["told"].values())  # of those that were made
+            effect = f"{told} answered now" if told or not event["edits"] else "none answered: no effect"
+            return f"round {event['round']}/{standing.planned}  edited {counts}, {effect}, {kept}"
         case "run_finished":
             held_out = f"  held-out {_bits(standing.union)} bits/byte" if standing.union is not None else ""
             spent = duration_text(event["seconds"])
