@@ -174,7 +174,7 @@ def measure(size: Size) -> list[Measurement]:
     place = Place(size, folder, {n: t for n, t in texts().items() if not wanted or n in wanted})
     with torch.random.fork_rng(devices=[]):
         found = [*_adapters(place), *_merged(place), *_decoding(place), *_library(place)]
-        return [*found, *_experts(place), *_models(place)]
+        return [*found, *_models(place), *_experts(place)]
 
 
 def _adapters(place: Place) -> list[Measurement]:

@@ -72,9 +72,12 @@ def held_out(texts: Sequence[str], vocabulary: Vocabulary, length: int) -> tuple
     """A text as token ids, to train on and to measure on: whole documents, about a tenth of them all.
 
     Where no document is small enough, it is the end of the text; where that is shorter than two stretches, nothing.
+
+    Raises:
+        CorpusError: There is no text.
     """
-    streams = [token_stream([text], vocabulary) for text in texts if text]
-    whole = token_stream(texts, vocabulary)
+    streams = [token_stream([text], vocabulary) for text in texts if not text.isspace() and text]
+    whole = np.concatenate(streams) if streams else token_stream(texts, vocabulary)
     room, kept = len(whole) // _HELD_OUT, set[int]()
     if room < 2 * (length + 1):
         return whole, None
