@@ -80,8 +80,8 @@ class Size:
     steps: int = 20
     batch_size: int = 1
     held_out: int = 5
-    entry: int = 10
-    query: int = 5
+    entry: int = 24
+    query: int = 8
     merges: tuple[tuple[str, float], ...] = (("svd", 0.5), ("svd", 0.75), ("ties", 0.5))
     models: tuple[str, ...] = ("linear", "multislerp")
     said: int = 24
@@ -173,8 +173,8 @@ def measure(size: Size) -> list[Measurement]:
     wanted = {*size.parts, *size.others}
     place = Place(size, folder, {n: t for n, t in texts().items() if not wanted or n in wanted})
     with torch.random.fork_rng(devices=[]):
-        found = [*_adapters(place), *_merged(place), *_decoding(place), *_library(place)]
-        return [*found, *_models(place), *_experts(place)]
+        found = [*_adapters(place), *_merged(place), *_decoding(place), *_models(place)]
+        return [*found, *_library(place), *_experts(place)]
 
 
 def _adapters(place: Place) -> list[Measurement]:
@@ -297,10 +297,9 @@ def _library(place: Place) -> list[Measurement]:
         entries, queries = {}, {}
         for name, mine in place.everybody.items():
             own = place.stream([*mine.base, *mine.own])
-            entries[name] = yardstick.measure(place.base, _some(own, place.size.entry * window), "cpu")
-            queries[name] = yardstick.measure(
-                place.base, place.stream(mine.held_out)[: place.size.query * window], "cpu"
-            )
+            entries[name] = yardstick.measure(place.base, _spread(own, place.size.entry, window), "cpu")
+            held = _spread(place.stream(mine.held_out), place.size.query, window)
+            queries[name] = yardstick.measure(place.base, held, "cpu")
         index = index_of({n: specification_of(s, yardstick) for n, s in entries.items()}, yardstick.gamma)
         best = {name: [match.name for match in nearest(index, states, 2)] for name, states in queries.items()}
         return {"seconds": taken, "best": best}
@@ -314,10 +313,10 @@ def _library(place: Place) -> list[Measurement]:
     ]
 
 
-def _some(stream: np.ndarray, tokens: int) -> np.ndarray:
-    """The middle of a text."""
-    first = max(0, (len(stream) - tokens) // 2)
-    return stream[first : first + tokens]
+def _spread(stream: np.ndarray, windows: int, window: int) -> np.ndarray:
+    """So many windows of a text, spread evenly over it, as `library add` takes them of a long one."""
+    rows = stream[: len(stream) // window * window].reshape(-1, window)
+    return rows[np.linspace(0, len(rows) - 1, min(windows, len(rows))).round().astype(int)].reshape(-1)
 
 
 def _decoding(place: Place) -> list[Measurement]:
