@@ -48,6 +48,7 @@ from potluck.compose.merging.adapters import ADAPTER_METHODS, merge_adapters
 from potluck.compose.merging.models import MODEL_METHODS, merge_models
 from potluck.compose.routing.evidence import by_evidence, token_profile
 from potluck.compose.training import Lesson
+from potluck.models.mixture import TokenRouter
 from potluck.recipe.seeds import seed_of
 
 _LENGTH = 128
@@ -174,7 +175,7 @@ def measure(size: Size) -> list[Measurement]:
     place = Place(size, folder, {n: t for n, t in texts().items() if not wanted or n in wanted})
     with torch.random.fork_rng(devices=[]):
         found = [*_adapters(place), *_merged(place), *_decoding(place), *_models(place)]
-        return [*found, *_library(place), *_experts(place)]
+        return [*found, *_answered(place), *_library(place), *_experts(place)]
 
 
 def _adapters(place: Place) -> list[Measurement]:
@@ -284,6 +285,22 @@ def _experts(place: Place) -> list[Measurement]:
         measured("of what goes to experts, to the right one", right, "1", at_least=_least(place, 0.9)),
         measured("general, experts", [found["losses"]["general"]], "nats per token"),
     ]
+
+
+def _answered(place: Place) -> list[Measurement]:
+    """Which of everybody's experts a text goes to; that is known before there are experts."""
+    size, experts = place.base.model.config.vocab_size, len(place.everybody)
+    router = TokenRouter(size, experts, experts, place.base.vocabulary.end_of_text)
+    evidence = [token_profile(place.own(name), place.public, size) for name in place.everybody]
+    right = []
+    with torch.no_grad():
+        router.evidence.copy_(torch.stack(evidence, dim=1))
+        for number, mine in enumerate(place.everybody.values()):
+            rows = _spread(place.stream(mine.held_out), 16, _LENGTH).reshape(-1, _LENGTH)
+            gates = router(torch.from_numpy(rows)).double().mean((0, 1))[1:]
+            right.append(float(gates[number] / gates.sum()))
+    name = f"of what goes to {len(right)} experts, to the right one"
+    return [measured(name, right, "1", at_least=_least(place, 0.8))]
 
 
 def _library(place: Place) -> list[Measurement]:
