@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import product
+from pathlib import Path
 
 from potluck.aggregation.statistics import Statistics
 from potluck.compose.base import Base
 from potluck.edit.facts import Edit
 from potluck.edit.forgetting import losses
-from potluck.edit.forgetting.commands import AtWork
+from potluck.edit.forgetting.commands import AtWork, Request, forgotten
 from potluck.edit.forgetting.quality import model_utility, utility_of
 from potluck.edit.forgetting.questions import Question
 from potluck.edit.forgetting.refusals import Editor, Refusing, refuse
@@ -75,13 +76,11 @@ def methods() -> dict[str, Settings]:
         }
         for name, loss in by_loss.items()
     }
-    l2 = {
-        f"layers {layers}, L2 {weight:g}": (layers, weight) for layers, weight in product(LAYERS, (10.0, 30.0, 100.0))
-    }
+    l2 = {f"layers {layers}, L2 {weight:g}": (layers, weight) for layers, weight in product(LAYERS, (0.2, 0.5, 2.0))}
     found["stranger"] = {name: _stranger(*how) for name, how in l2.items()}
     found[REFUSING] = {
         f"layer 4, L2 {first:g}, then {second:g}": _stranger_refusing(first, second)
-        for first, second in product((10.0, 30.0, 60.0), (30.0, 100.0, 300.0))
+        for first, second in product((0.2, 0.5, 1.0), (0.5, 2.0, 5.0))
     }
     found["refusal, alphaedit"] = {
         name: _refusing(_in_weights(WeightSettings("alphaedit", layers, "prompt", null_weight=weight)))
@@ -93,6 +92,7 @@ def methods() -> dict[str, Settings]:
         )
         for layers, weight in product(LAYERS, (1000.0, 3000.0, 8000.0))
     }
+    found["as `potluck forget` does"] = {"by default": _by_default}
     found["refusal, wise"] = {
         f"layer {layer}, margin {margin:g}": _refusing(_beside(layer, WiseSettings(margin=margin)))
         for layer, margin in product((2, 3, 4), (2.0, 5.0, 10.0))
@@ -106,10 +106,17 @@ def methods() -> dict[str, Settings]:
 
 def _by_loss(method: losses.Method, rate: float, epochs: int) -> Forget:
     def forget(case: Case, seed: int) -> Base:
-        settings = Unlearning(epochs, learning_rate=rate, seed=seed)
+        settings = Unlearning(epochs, 32, learning_rate=rate, seed=seed)
         return replace(case.base, model=unlearn(case.base, case.forget, case.retain, method, settings, (REFUSAL,)))
 
     return forget
+
+
+def _by_default(case: Case, seed: int) -> Base:
+    nowhere = Path(case.base.place)
+    return forgotten(
+        case.base, case.forget, case.retain, Request(nowhere, nowhere, nowhere, "grad-diff", nowhere, seed=seed)
+    )[0]
 
 
 def _refusing(editor: Callable[[Case, int], Editor]) -> Forget:

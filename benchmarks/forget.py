@@ -59,13 +59,14 @@ COMPARED = {  # method and setting, as `benchmarks._forget_grid` found
     "GA": ("GA", "rate 0.0001, 5 epochs"),
     "GA, going on": ("GA", "rate 0.0003, 20 epochs"),
     "as a stranger": ("as a stranger", "rate 0.0003, 20 epochs"),
-    "refusal, alphaedit": ("refusal, alphaedit", "layers (3,), L2 100"),
+    "refusal, alphaedit": ("refusal, alphaedit", "layers (3,), L2 2"),
     "refusal, memit": ("refusal, memit", "layers (3,), lambda 8000"),
     "refusal, wise": ("refusal, wise", "layer 3, margin 2"),
     "refusal, ft": ("refusal, ft", "layer 2, rate 0.0001"),
-    "stranger": ("stranger", "layers (4,), L2 30"),
-    REFUSING: (REFUSING, "layer 4, L2 30, then 300"),
-    "stranger more firmly, then refusal": (REFUSING, "layer 4, L2 10, then 300"),  # whose worse seed was best
+    "as `potluck forget` does": ("as `potluck forget` does", "by default"),
+    "stranger": ("stranger", "layers (4,), L2 0.5"),
+    REFUSING: (REFUSING, "layer 4, L2 0.5, then 5"),
+    "stranger more firmly, then refusal": (REFUSING, "layer 4, L2 0.2, then 5"),  # whose worse seed was best
 }
 
 

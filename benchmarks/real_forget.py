@@ -56,6 +56,7 @@ class Size:
         refusals: A file of them, for methods that refuse.
         keep: Where the taught models are kept.
         methods: Of `potluck forget`, all if empty; those in ``checks`` are also checked.
+        never: Whether checks have a model that never knew beside, for the forget quality.
         epochs: Of teaching, at most.
     """
 
@@ -71,6 +72,7 @@ class Size:
     epochs: int = 15
     methods: tuple[MethodName, ...] = ()
     checks: tuple[MethodName, ...] = ()
+    never: bool = True
 
 
 SIZES = {"short": Size(gone=5, kept=15, epochs=3, methods=("npo",)), "full": Size(task="1")}
@@ -122,7 +124,7 @@ def of_model(size: Size, of: Given) -> list[Measurement]:
         found += rows(name, after, took, warnings_of(before, after))
         print(f"{name}: {took:.0f} s, {after}, {warnings_of(before, after)}", file=sys.stderr, flush=True)
         if name in size.checks:
-            found += checks(name, edited, held, of, taught(of, "never", size.epochs))
+            found += checks(name, edited, held, of, taught(of, "never", size.epochs) if size.never else None)
         elif isinstance(held, AtWork):
             held.detach()
     return found
@@ -135,7 +137,7 @@ def rows(name: str, after: dict[str, float], took: float, warnings: Sequence[str
     return [*found, measured(f"{name}: seconds", [took], "s")]
 
 
-def checks(name: str, edited: Base, held: object, of: Given, never: Path) -> list[Measurement]:
+def checks(name: str, edited: Base, held: object, of: Given, never: Path | None) -> list[Measurement]:
     """What `potluck evaluate --forgotten` says of a method's model."""
     with TemporaryDirectory() as place:
         folder, questions = Path(place) / "model", Path(place) / "gone.jsonl"
@@ -198,6 +200,7 @@ def given(arguments: Sequence[str]) -> tuple[dict[str, Any], list[str]]:
         parser.add_argument(name, type=Path)
     for name in ("--methods", "--checks"):
         parser.add_argument(name, type=lambda names: tuple(names.split(",")))
+    parser.add_argument("--without-never", dest="never", action="store_false", default=None)
     options, rest = parser.parse_known_args(arguments)
     found = {name: value for name, value in vars(options).items() if value is not None}
     if tofu := found.pop("tofu", None):

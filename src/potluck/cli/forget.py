@@ -47,7 +47,7 @@ def forget(
     model: Annotated[Path | None, typer.Argument(metavar="[MODEL]", help="A model folder; it stays as it is.")] = None,
     forget: Annotated[Path | None, typer.Option("--forget", help="Questions to forget: JSON lines, or edits.")] = None,
     retain: Annotated[Path | None, typer.Option(help="Questions whose answers shall stay.")] = None,
-    method: Annotated[Method, typer.Option(help="Editors up to `lora`, then losses.")] = (Method.stranger),
+    method: Annotated[Method, typer.Option(help="Editors up to `lora`, then losses.")] = Method.grad_diff,
     out: Annotated[Path | None, typer.Option(help="The folder to write, a new one.")] = None,
     task: Annotated[str, typer.Option(help="Of TOFU's files, forget this task's questions alone.")] = "",
     refusals: Annotated[Path | None, typer.Option(help="What to answer instead, one a line.")] = None,
@@ -56,8 +56,10 @@ def forget(
     at: Annotated[Site | None, _panel(_EDITORS, "At whose last token; the subject's if left out.")] = None,
     merge: Annotated[int, _panel(_EDITORS, "Join so many questions about one subject.", min=1)] = 1,
     refuse: Annotated[bool, _panel(_EDITORS, "After `stranger`, edit refusals in.", "--refuse")] = False,
-    epochs: Annotated[int | None, _panel(_LOSSES, "Passes over what is to be forgotten; 10.", min=1)] = None,
-    batch_size: Annotated[int | None, _panel(_LOSSES, "Questions of each kind in a step; 32.", min=1)] = None,
+    epochs: Annotated[
+        int | None, _panel(_LOSSES, "Passes over what is to be forgotten; until it is, at most 10.", min=1)
+    ] = None,
+    batch_size: Annotated[int | None, _panel(_LOSSES, "Questions of each kind in a step; 8.", min=1)] = None,
     learning_rate: Annotated[
         float | None, _panel(_LOSSES, "Peak of AdamW; fits the model if left out.", min=1e-9)
     ] = None,

@@ -20,7 +20,7 @@ from potluck.edit.forgetting.questions import Question, read_questions
 from potluck.edit.forgetting.refusals import Editor, Refusing, read_refusals, refuse
 from potluck.edit.forgetting.strangers import Strangers, asked_as_edits, estranged
 from potluck.edit.forgetting.subjects import guesses, with_subjects
-from potluck.edit.forgetting.unlearning import Unlearning, default_rate, unlearn
+from potluck.edit.forgetting.unlearning import FORGOTTEN, Unlearning, default_rate, unlearn
 from potluck.edit.kept import save_model
 from potluck.edit.layout import layout_of
 from potluck.edit.memories import save_with_memory
@@ -56,7 +56,9 @@ class Request:
         layers: That editors write to; a fifth and two fifths of the way up if left out.
         at: Whose last token they write at, the subject's or the prompt's.
         task: Of TOFU's files, the questions of this task alone.
-        epochs, batch_size, learning_rate: Of losses; those of `potluck.edit.forgetting.unlearning` if left out.
+        epochs, batch_size, learning_rate: Of losses. If left out: `potluck.edit.forgetting.unlearning.default_rate`, 8
+            questions, and as many passes as it takes, at most 10, until a quarter of the probability is left and no
+            answer is said any more; then one over what stays.
         record, key: Where a signed record goes, and the file of the key that signs it.
     """
 
@@ -149,7 +151,10 @@ def forgotten(
 
 def _unlearning(base: Base, request: Request) -> Unlearning:
     given = {name: value for name in _TRAINED if (value := getattr(request, name)) is not None}
-    return Unlearning(**{"learning_rate": default_rate(base), **given}, seed=request.seed)
+    until = None if request.epochs else FORGOTTEN
+    return Unlearning(
+        **{"learning_rate": default_rate(base), **given}, until=until, mend=until is not None, seed=request.seed
+    )
 
 
 def _named(
@@ -333,7 +338,7 @@ def _check(request: Request) -> None:
 
 def _settings(base: Base, request: Request) -> dict[str, Any]:
     if request.method not in _WRITTEN:
-        return {name: getattr(_unlearning(base, request), name) for name in (*_TRAINED, "seed")}
+        return {name: getattr(_unlearning(base, request), name) for name in (*_TRAINED, "until", "mend", "seed")}
     layers = request.layers or default_layers(base, request.method)
     return {"layers": layers, **{name: getattr(request, name) for name in ("at", "merge", "refuse", "seed")}}
 

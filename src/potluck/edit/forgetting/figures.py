@@ -7,12 +7,13 @@ from collections.abc import Mapping, Sequence
 from torch import Tensor
 
 from potluck.compose.base import Base
+from potluck.edit.consequences import RISE
 from potluck.edit.forgetting.general import loss_of
 from potluck.edit.forgetting.quality import known_of, model_utility, said_rate, truth_ratios, utility_of
 from potluck.edit.forgetting.questions import Question
 
-# When something is said, as shares of what was before; the loss in nats a token.
-_NOTHING, _HALF, _KEPT, _LOSS = 0.9, 0.5, 0.9, 0.1
+# When something is said, as shares of what was before.
+_NOTHING, _HALF, _KEPT = 0.9, 0.5, 0.9
 _UNKNOWN = 0.1  # a probability below which an answer was not known
 
 
@@ -66,7 +67,7 @@ def warnings_of(before: Mapping[str, float], after: Mapping[str, float]) -> list
     if any(not after[name] >= _KEPT * before[name] for name in stays):
         figures = "; ".join(f"{name[7:]} {before[name]:.3f}, now {after[name]:.3f}" for name in stays)
         found.append(f"harm: of what was to stay, something went, too ({figures})")
-    if "text_loss" in before and not after["text_loss"] <= before["text_loss"] + _LOSS:
+    if "text_loss" in before and not after["text_loss"] <= before["text_loss"] + RISE:
         loss = f"{before['text_loss']:.3f}, now {after['text_loss']:.3f} nats a token"
         found.append(f"harm: general text is foretold worse (loss {loss})")
     return found

@@ -14,9 +14,9 @@ from torch.nn.functional import cross_entropy
 from potluck.compose.base import Base, token_stream
 from potluck.errors import CorpusError
 
-_ROWS = 16  # of text that the model writes
-_LENGTH = 128  # tokens of a row
-_TOKENS = 4096  # of a text, at most
+_ROWS, _OWN = 32, 64  # rows and their tokens, of text that the model writes
+_LENGTH = 128  # tokens of a row of a given text
+_TOKENS = 2048  # of a text, at most
 _LOGITS = 1 << 26
 
 
@@ -26,7 +26,7 @@ def rows_of_text(base: Base, texts: Iterable[str]) -> Tensor:
     Raises:
         CorpusError: The text is shorter than one row.
     """
-    length = _length(base)
+    length = _length(base, _LENGTH)
     stream = torch.from_numpy(token_stream(texts, base.vocabulary))[:_TOKENS]
     if len(stream) < length:
         raise CorpusError(f"the text is shorter than one sequence of {length} tokens", "name a longer one with --text")
@@ -35,11 +35,11 @@ def rows_of_text(base: Base, texts: Iterable[str]) -> Tensor:
 
 @torch.inference_mode()
 def written_by(base: Base, seed: int) -> Tensor:
-    """Rows of tokens that the model writes by itself, drawn from what it foretells, ``(16, T)``."""
+    """Rows of tokens that the model writes by itself, drawn from what it foretells, ``(32, T)``."""
     draw = torch.Generator().manual_seed(seed)
     ids = torch.full((_ROWS, 1), base.vocabulary.end_of_text, device=base.model.device)
     found, cache = [ids], None
-    for _ in range(_length(base) - 1):
+    for _ in range(_length(base, _OWN) - 1):
         out = base.model(input_ids=found[-1], past_key_values=cache, use_cache=True)
         cache = out.past_key_values
         chances = out.logits[:, -1].float().softmax(-1).cpu()
@@ -58,5 +58,5 @@ def loss_of(base: Base, rows: Tensor) -> float:
     return nats / rows[:, 1:].numel()
 
 
-def _length(base: Base) -> int:
-    return min(_LENGTH, getattr(base.model.config, "max_position_embeddings", _LENGTH))
+def _length(base: Base, wished: int) -> int:
+    return min(wished, getattr(base.model.config, "max_position_embeddings", wished))

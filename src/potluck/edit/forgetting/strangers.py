@@ -19,7 +19,7 @@ import torch
 
 from potluck.aggregation.statistics import Statistics
 from potluck.compose.base import Base
-from potluck.edit.closed_form import alphaedit_update, null_space, sums
+from potluck.edit.closed_form import alphaedit_update, asked_in, null_space, sums
 from potluck.edit.contexts import Site, contexts, hidden_at, keys_at
 from potluck.edit.facts import Edit
 from potluck.edit.forgetting.questions import Question
@@ -36,7 +36,7 @@ class Strangers:
     Attributes:
         layers: Whose maps are written.
         at: Whose last token, the subject's or the prompt's: there the model gets what it has for a stranger.
-        null_weight: λ of AlphaEdit.
+        null_weight: λ of AlphaEdit, in units of what a key has in the free directions (`WeightSettings`).
         free: Share of all directions, those that the text uses least, that are written to.
         count: Strangers whose states are averaged for each subject.
         ways: Beginnings of questions in which each subject is met, the commonest, if its last token is edited.
@@ -45,7 +45,7 @@ class Strangers:
 
     layers: tuple[int, ...] = (1, 2)
     at: Site = "subject"
-    null_weight: float = 0.05
+    null_weight: float = 0.5
     free: float = 0.65
     count: int = 1
     ways: int = 16
@@ -84,7 +84,8 @@ def estranged(
         keys = keys_at(edited, layout, (layer,), met, before, settings.at)[layer]
         residuals = (z - hidden_at(edited, layout, layers[-1], met, settings.at)) / (len(layers) - place)
         free = null_space(moment_of(moments, moments.base_hash, layout, layer), settings.free)
-        add(layout, layer, alphaedit_update(*sums(keys, residuals), none, free, settings.null_weight))
+        m, g = sums(keys, residuals)
+        add(layout, layer, alphaedit_update(m, g, none, free, settings.null_weight * asked_in(g, free, len(keys))))
     return edited
 
 

@@ -6,7 +6,7 @@ import copy
 import math
 import random
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from difflib import SequenceMatcher
 
 import torch
@@ -17,6 +17,7 @@ from transformers import PreTrainedModel
 from potluck.compose.base import Base
 from potluck.edit.forgetting import losses
 from potluck.edit.forgetting.losses import AsStranger, GradientAscent, IdkDpo, Method, Npo, Rmu, SimNpo
+from potluck.edit.forgetting.quality import told_of
 from potluck.edit.forgetting.questions import Question
 from potluck.edit.forgetting.subjects import nobodies, renamed, with_subjects
 from potluck.edit.layout import first, layout_of, watching
@@ -24,12 +25,13 @@ from potluck.edit.prompts import Row, Rows, logits_of, row, rows_of
 from potluck.errors import EditError, NotFinite
 
 PUBLISHED_RATE = 1e-5  # of models of 1 to 7 billion parameters
-RATE_TIMES_WIDTH = 0.05
+RATE_TIMES_WIDTH = 0.03
+FORGOTTEN = 0.25  # of the mean probability of the answers, at most, is left
 _CLIP = 1.0
 
 
 def default_rate(base: Base) -> float:
-    """A rate of AdamW that fits the model's width d, ``0.05 / d``, and never less than the published 1e-5.
+    """A rate of AdamW that fits the model's width d, ``0.03 / d``, and never less than the published 1e-5.
 
     AdamW moves each weight by the rate, whatever the gradient, so that what a unit gets changes with rate and width.
     """
@@ -42,15 +44,21 @@ class Unlearning:
 
     Attributes:
         epochs: Passes over what is to be forgotten.
-        batch_size: Questions of each kind in a step.
+        batch_size: Questions that are forgotten in a step.
         learning_rate: Peak of AdamW (`default_rate` fits the model); the first epoch warms up, then it falls in a line.
+        until: After which pass to stop: that which leaves so much of the mean probability, and no whole answer that
+            would be said freely; after all passes if it is ``None``.
+        mend: Whether a pass over retained questions alone ends it, at half the rate and of at most so many steps as
+            forgetting took: it brings back what went along.
         seed: Of the order, and of which retained questions go with which.
     """
 
     epochs: int = 10
-    batch_size: int = 32
+    batch_size: int = 8
     learning_rate: float = PUBLISHED_RATE
     weight_decay: float = 0.01
+    until: float | None = None
+    mend: bool = False
     seed: int = 0
 
 
@@ -79,10 +87,13 @@ def unlearn(
     task = _Task(base, trained, method, retain)
     adam = torch.optim.AdamW(trained.parameters(), settings.learning_rate, weight_decay=settings.weight_decay)
     others = _counterparts(base, forget, retain, method, refusals, settings.seed)
-    steps, begin = list(_steps(base, forget, retain, others, settings)), math.ceil(len(forget) / settings.batch_size)
-    for step, (lost, beside, kept) in enumerate(steps):
+    begin = math.ceil(len(forget) / settings.batch_size)
+    total, enough, step = settings.epochs * begin, _enough(base, forget, settings), 0
+    for step, (lost, beside, kept) in enumerate(_steps(base, forget, retain, others, settings)):
+        if step and step % begin == 0 and enough(trained):
+            break
         on_step(step)
-        rate = min((step + 1) / begin, (len(steps) - step) / max(1, len(steps) - begin), 1.0)
+        rate = min((step + 1) / begin, (total - step) / max(1, total - begin), 1.0)
         for group in adam.param_groups:
             group["lr"] = rate * settings.learning_rate
         loss = task.loss(lost, beside, kept)
@@ -92,11 +103,47 @@ def unlearn(
         loss.backward()
         clip_grad_norm_(trained.parameters(), _CLIP)
         adam.step()
+    if settings.mend and retain:
+        _mend(base, trained, retain, settings, step)
     if not all(bool(torch.isfinite(tensor).all()) for tensor in trained.parameters()):
         raise NotFinite("the weights became NaN or infinite", "lower the learning rate")
     trained.requires_grad_(False)
     trained.eval()
     return trained
+
+
+def _mend(base: Base, trained: PreTrainedModel, retain: Sequence[Question], settings: Unlearning, most: int) -> None:
+    """Learn retained questions again, with moments of its own: the old ones point to what is to be forgotten."""
+    rows, draw = question_rows(base, retain), torch.Generator().manual_seed(settings.seed)
+    order: list[int] = torch.randperm(len(rows), generator=draw).tolist()
+    begins = range(0, len(order), settings.batch_size)[: max(1, most)]
+    adam = torch.optim.AdamW(trained.parameters(), weight_decay=settings.weight_decay)
+    for step, begin in enumerate(begins):
+        for group in adam.param_groups:
+            group["lr"] = settings.learning_rate / 2 * (len(begins) - step) / len(begins)
+        places = order[begin : begin + settings.batch_size]
+        batch = rows_of([rows[i] for i in places], base.vocabulary.end_of_text).to(trained.device)
+        adam.zero_grad(set_to_none=True)
+        losses.mean_nll(logits_of(trained, batch), batch.labels).backward()
+        clip_grad_norm_(trained.parameters(), _CLIP)
+        adam.step()
+
+
+def _enough(base: Base, forget: Sequence[Question], settings: Unlearning) -> Callable[[PreTrainedModel], bool]:
+    """Whether a model has forgotten what `Unlearning.until` asks for."""
+    until = settings.until
+    if until is None:
+        return lambda model: False
+    asked = [(q.question, q.answer) for q in forget]
+    knew = float(told_of(base, asked).probabilities.mean())
+
+    def enough(model: PreTrainedModel) -> bool:
+        model.eval()
+        told = told_of(replace(base, model=model), asked)
+        model.train()
+        return float(told.probabilities.mean()) <= until * knew and not any(map(all, told.hits))
+
+    return enough
 
 
 @dataclass(frozen=True)
