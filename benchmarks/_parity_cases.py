@@ -91,6 +91,7 @@ METHODS: dict[str, Method] = {  # the way down is fp32 unless the name says othe
     "DiLoCo int4 both ways": Method(outer=NESTEROV, links=(INT4,), download=INT4_DOWN),
     STREAMING: Method(outer=NESTEROV, fragments=5, mixing=0.0),
     "Streaming DiLoCo, P = 5, mixing 0.5": Method(outer=NESTEROV, fragments=5, mixing=0.5),
+    "Streaming DiLoCo, P = 2, mixing 0": Method(outer=NESTEROV, fragments=2, mixing=0.0),
     "SparseLoCo": Method(outer={"kind": "sgd"}, links=SPARSELOCO),
     "SparseLoCo, delta down, 1.5 times the tokens": Method(
         outer={"kind": "sgd"}, links=SPARSELOCO, download=DELTA, tokens=1.5
@@ -339,7 +340,8 @@ PRESETS = {
     # The full form in small, for a machine that is shared: 43% of the parameters, 800 steps before, 500 steps.
     "quick": Size(
         batch=32, length=64, period=10, rounds=50, learning_rate=2e-3, best_rates={DATA_PARALLEL: 1e-3},
-        start_steps=800, evaluations=10, grid=((4, "iid", ALL, 3),),
+        start_steps=800, evaluations=10,
+        grid=((4, "iid", tuple(method for method in METHODS if METHODS[method].fragments <= 4), 3),),  # of 3 layers
         model={"layers": 3, "width": 96, "heads": 4, "feedforward": 256, "context": 128},
     ),
     # Layers, heads and width of the smallest model of arXiv 2503.09799, whose losses at M = 2 and 4 are 0.7% and 2.0%
