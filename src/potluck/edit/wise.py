@@ -216,7 +216,7 @@ def _trained(base: Base, memory: WiseMemory, place: int, edits: tuple[Edit, ...]
     if unseen:
         ends = torch.stack([keys[-1] for keys in unseen]).to(quiet)
         low = max(low, float(linear(ends, delta).norm(dim=-1).quantile(0.9)))
-    high = float(size[inside].quantile(0.02))
+    high = 0.99 * float(size[inside].min())  # every edit of the shard is recognised
     threshold = (low * high) ** 0.5 if low < high else high
     return Shard(delta.cpu(), threshold, edits, int((rows.rows.labels != -100).sum(1).max()))
 
