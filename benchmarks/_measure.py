@@ -1,7 +1,8 @@
 """What all benchmarks share: the form of a measurement, paired timing, and the command line.
 
 ``python -m benchmarks.NAME [--short | --full] [--json FILE]`` prints a Markdown table and leaves with 1 if a target is
-missed. FILE holds a list of objects with the fields of `Measurement`.
+missed. FILE holds a list of objects with the fields of `Measurement`. Some targets belong to the full size: in the
+short form these are "not at this size", neither met nor missed.
 """
 
 from __future__ import annotations
@@ -47,6 +48,7 @@ class Measurement:
         target: Such as ``<= 1.03``; ``None`` for a figure that is only reported.
         holds: Whether the target is met; ``None`` if there is none, or if it cannot be judged.
         peer: What it is compared with, or why that was not possible.
+        at_size: Whether the target is of what was measured, and not only of the full size.
     """
 
     name: str
@@ -56,6 +58,7 @@ class Measurement:
     target: str | None
     holds: bool | None
     peer: str | None
+    at_size: bool = True
     versions: dict[str, str] = field(default_factory=lambda: versions())
 
 
@@ -67,8 +70,13 @@ def measured(
     at_most: float | None = None,
     at_least: float | None = None,
     peer: str | None = None,
+    at_size: bool = True,
 ) -> Measurement:
-    """The median of several runs, judged by a limit; no runs are a figure that could not be had."""
+    """The median of several runs, judged by a limit; no runs are a figure that could not be had.
+
+    Args:
+        at_size: Whether the limit is of this size; it is told, and judged only then.
+    """
     value = statistics.median(runs) if runs else None
     spread = None
     if len(runs) > 1:
@@ -79,7 +87,16 @@ def measured(
         target, holds = f"<= {at_most:g}", None if value is None else value <= at_most
     elif at_least is not None:
         target, holds = f">= {at_least:g}", None if value is None else value >= at_least
-    return Measurement(name=name, value=value, spread=spread, unit=unit, target=target, holds=holds, peer=peer)
+    return Measurement(
+        name=name,
+        value=value,
+        spread=spread,
+        unit=unit,
+        target=target,
+        holds=holds if at_size else None,
+        peer=peer,
+        at_size=at_size or target is None,
+    )
 
 
 def seconds(work: Callable[[], object]) -> float:
@@ -126,6 +143,6 @@ def table(results: Sequence[Measurement]) -> str:
     rows = ["| measured | value | spread | unit | target | holds | peer |", "|---|---|---|---|---|---|---|"]
     for r in results:
         numbers = ("-" if x is None else f"{x:.4g}" if x < 1e4 else f"{x:,.0f}" for x in (r.value, r.spread))
-        holds = {True: "yes", False: "NO", None: "-"}[r.holds]
+        holds = {True: "yes", False: "NO", None: "-"}[r.holds] if r.at_size else "not at this size"
         rows.append(f"| {' | '.join((r.name, *numbers, r.unit, r.target or '-', holds, r.peer or '-'))} |")
     return "\n".join(rows)

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from potluck.models.footprint import Widths, evaluation_numbers, step_numbers, widths_of
+from potluck.models.footprint import LARGE, Passing, Widths, evaluation_passing, step_passing, widths_of
 from potluck.models.shapes import frozen_count
 from potluck.recipe import Recipe
 from potluck.recipe.engine import Nats
@@ -22,7 +22,6 @@ from potluck.updates.sizes import payload_bytes
 _FP32 = 4
 _INTERPRETER = 430_000_000  # Python, torch, transformers and what they keep; measured, see docs/explanation
 _TOKENIZER = 700  # bytes for each token; measured
-_NOT_GIVEN_BACK = 64_000_000  # at most, of what has passed: small pieces of memory stay with the allocator
 
 
 @dataclass(frozen=True)
@@ -58,12 +57,12 @@ def footprint(recipe: Recipe, messages: Messages, vocabulary: int, held_out: Map
         ModelError: The model folder cannot be read.
     """
     widths, size = widths_of(recipe.model, vocabulary), messages.size
-    step, evaluation = size, 0
+    step, evaluation = Passing(size, 0), Passing(0, 0)
     if widths is not None:
         step = _step(recipe, widths, size)
         length, known = recipe.local.sequence_length, [tokens for tokens in held_out.values() if tokens is not None]
         most = max(known) if len(known) == len(held_out) and known else 1 << 30
-        evaluation = evaluation_numbers(widths, length, max(1, most // length))
+        evaluation = evaluation_passing(widths, length, max(1, most // length))
     weights = size + frozen_count(recipe.model)
     participant = _FP32 * size * _participant_vectors(recipe)
     coordinator = _FP32 * size * _coordinator_vectors(recipe) + _kept_for_downloads(messages)
@@ -71,10 +70,8 @@ def footprint(recipe: Recipe, messages: Messages, vocabulary: int, held_out: Map
     if not isinstance(recipe.engine, Nats):
         kept = _FP32 * (weights + size) + coordinator + len(recipe.participant_names) * participant
         kept += _FP32 * int(_held_back(recipe) * size)
-        after = max(evaluation, int(_exchange(recipe) * size))
-        passing = _FP32 * max(step, size + after) + min(_FP32 * min(step, after), _NOT_GIVEN_BACK)
-        process = _INTERPRETER + _TOKENIZER * vocabulary + kept + passing
-    device = _FP32 * (weights + max(step, size + evaluation))
+        process = _INTERPRETER + _TOKENIZER * vocabulary + kept + _FP32 * _passing(recipe, size, step, evaluation)
+    device = _FP32 * (weights + max(step.peak, size + evaluation.peak))
     return Footprint(device, participant, coordinator, process, widths is not None)
 
 
@@ -85,16 +82,24 @@ def moments(optimizer: object) -> int:
     return 1 if getattr(optimizer, "momentum", 0.0) else 0
 
 
-def _step(recipe: Recipe, widths: Widths, size: int) -> int:
-    """Numbers of a local step at its peak; streams keep where the round started, and their mean so far."""
+def _passing(recipe: Recipe, size: int, step: Passing, evaluation: Passing) -> int:
+    """Numbers that come and go, at their peak: in a step, in the exchange after it, or in an evaluation."""
+    stays, exchange = step.stays + evaluation.stays, int(_exchange(recipe) * size)
+    after = stays + exchange if size // recipe.fragments >= LARGE else max(stays, exchange)
+    return max(step.peak, size + after, size + stays + evaluation.peak - evaluation.stays)
+
+
+def _step(recipe: Recipe, widths: Widths, size: int) -> Passing:
+    """A local step; streams keep where the round started, and their mean so far."""
     local, adaptive = recipe.local, recipe.local.adaptive_batch
     batch = adaptive.max_batch_size if adaptive else local.batch_size
     accumulates = local.accumulation > 1 or adaptive is not None
     recomputes = recipe.compute.gradient_checkpointing
-    numbers = step_numbers(widths, size, batch, local.sequence_length, accumulates, recomputes)
-    if adaptive is not None:
-        numbers += size + 2 * size * (adaptive.streams > 1)  # the gradient before a batch; start and mean
-    return numbers
+    step = step_passing(widths, size, batch, local.sequence_length, accumulates, recomputes)
+    if adaptive is None:
+        return step
+    more = size + 2 * size * (adaptive.streams > 1)  # the gradient before a batch; start and mean
+    return Passing(step.peak + more, step.stays)
 
 
 def _participant_vectors(recipe: Recipe) -> int:
@@ -114,15 +119,15 @@ def _exchange(recipe: Recipe) -> float:
     """Vectors that come and go between local steps, of the size of the model.
 
     In full precision the difference whose norm is taken, or the state before the outer step. With links the
-    pseudo-gradient, what coding makes of it, and what is decoded. A quantised outer step is coded and decoded, too.
+    pseudo-gradient and what coding makes of it; error feedback decodes that once more. A quantised outer step is coded
+    and decoded, too.
     """
-    fragment = 1 / recipe.fragments
     most = 1.0
     if recipe.updates.links:
-        most = 2.3
+        most = 2.0 if any(isinstance(link, ErrorFeedback) for link in recipe.updates.links) else 1.3
     if not isinstance(recipe.updates.download, FullDownload):
-        most = max(most, 4.0 if isinstance(recipe.updates.download, QuantizedDownload) else 3.0)
-    return most * fragment
+        most = 2.7
+    return most / recipe.fragments
 
 
 def _held_back(recipe: Recipe) -> float:

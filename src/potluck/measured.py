@@ -76,6 +76,7 @@ REFERENCES = {
     (RANDOM, 500): (7.9050, 3.2394),
     (TRAINED, 50): (3.4518, 3.3055),
     (TRAINED, 200): (3.4518, 3.1114),
+    (TRAINED, 500): (3.4518, 2.8875),
 }
 MEASURED = (
     *(Measured(start, FULL, 10, steps // 10, reference) for (start, steps), (_, reference) in REFERENCES.items()),
@@ -109,7 +110,13 @@ MEASURED = (
     Measured(TRAINED, "sparse, down int8", 10, 5, 3.3677),
     Measured(TRAINED, "sparse, down int8", 10, 20, 3.2373),
     Measured(RANDOM, FULL, 50, 10, 3.4163),
+    Measured(RANDOM, FULL, 100, 5, 3.4517),
+    Measured(RANDOM, "int8, down int8", 50, 10, 3.3964),
+    Measured(RANDOM, FULL, 20, 25, 3.3478, fragments=4, overlap=1),
     Measured(TRAINED, FULL, 40, 5, 3.1363),
+    Measured(TRAINED, FULL, 50, 10, 2.9310),
+    Measured(TRAINED, FULL, 100, 5, 2.9499),
+    Measured(TRAINED, FULL, 20, 10, 3.1358, fragments=4, overlap=1),
 )
 
 

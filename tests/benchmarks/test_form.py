@@ -33,7 +33,7 @@ from benchmarks import (
     wire,
 )
 from benchmarks._compose_parts import Size as Parts
-from benchmarks._measure import Measurement, main, measured
+from benchmarks._measure import Measurement, main, measured, table
 from benchmarks._merge_adapters import AdapterSize
 from benchmarks._merge_models import ModelSize
 from benchmarks._silos import BaseSize
@@ -104,6 +104,13 @@ TINY: dict[ModuleType, Any] = {
     ),
     parity: replace(parity.SIZES["short"], grid=((2, "iid", ("data-parallel", "DiLoCo int4"), 2),)),
 }
+
+
+def test_a_target_of_the_full_size_is_told_and_not_judged(tmp_path: Path) -> None:
+    row = measured("lost", [0.0], "percent", at_least=20, at_size=False)
+    assert (row.target, row.holds) == (">= 20", None) and "not at this size" in table([row])
+    assert written(tmp_path / "out.json", lambda _: [row], None)[0] == 0
+    assert measured("figure", [0.0], "", at_size=False).at_size  # without a target nothing is left out
 
 
 def written(path: Path, measure: Any, size: Any) -> tuple[int, list[dict[str, Any]]]:

@@ -19,6 +19,7 @@ from potluck.recipe.schema import Model, ModelFolder
 _TOKENS_AT_ONCE = 8192  # evaluated
 _LOGITS_AT_ONCE = 1 << 25  # 128 MiB
 _LOSSES_AT_ONCE = 1 << 24
+LARGE = 1 << 23  # 32 MiB: glibc gives memory of larger tensors back at once
 
 
 @dataclass(frozen=True)
@@ -81,12 +82,25 @@ def widths_of(model: Model, vocabulary: int) -> Widths | None:
     )
 
 
-def step_numbers(
-    widths: Widths, parameters: int, batch_size: int, length: int, accumulates: bool, recomputes: bool
-) -> int:
-    """The most that a local step holds at once, gradients included, beside the weights and the optimizer's moments.
+@dataclass(frozen=True)
+class Passing:
+    """What a pass holds beside the weights, in numbers.
 
-    It is at the start of the backward pass, when all activations are there and the logits three times (as
+    Attributes:
+        peak: The most at once.
+        stays: Of it what stays with the allocator when it is over: of tensors below `LARGE`.
+    """
+
+    peak: int
+    stays: int
+
+
+def step_passing(
+    widths: Widths, parameters: int, batch_size: int, length: int, accumulates: bool, recomputes: bool
+) -> Passing:
+    """Of a local step, gradients included, without the optimizer's moments.
+
+    The peak is at the start of the backward pass, when all activations are there and the logits three times (as
     probabilities, and two gradients of them), or at its end, when all gradients are.
 
     Args:
@@ -95,23 +109,25 @@ def step_numbers(
         recomputes: Layers keep only their input, and are computed again (gradient checkpointing).
     """
     tokens, layer = batch_size * length, widths.layer(length)
-    kept = widths.layers * widths.width + layer if recomputes else widths.layers * layer
+    kept = widths.layers * (widths.width if recomputes else layer) + layer + 3 * widths.width  # one layer's gradients
     logits = tokens * widths.vocabulary
-    first = tokens * (kept + 3 * widths.width) + max(3 * logits, logits + widths.embedding)
+    first = tokens * kept + max(3 * logits, logits + widths.embedding)
     last = parameters + (2 * widths.embedding if widths.tied else 0)  # a tied embedding's two gradients are added up
-    return parameters + first if accumulates else max(first, last)
+    peak = parameters + first if accumulates else max(first, last)
+    return Passing(peak, tokens * kept + 3 * logits * (logits < LARGE))
 
 
-def evaluation_numbers(widths: Widths, length: int, rows: int) -> int:
-    """The most that an evaluation holds at once, beside the weights.
+def evaluation_passing(widths: Widths, length: int, rows: int) -> Passing:
+    """Of an evaluation.
 
     Args:
         rows: Stretches of ``length`` tokens that there are.
     """
     tokens = length * min(rows, evaluated_at_once(widths.vocabulary, length))
-    layer = 2 * widths.width + max(4 * widths.inner, 3 * (widths.queries + widths.keys))
+    layer = tokens * (2 * widths.width + max(4 * widths.inner, 3 * (widths.queries + widths.keys)))
     logits = tokens * widths.vocabulary
-    return max(tokens * layer, logits + min(logits, _LOSSES_AT_ONCE))
+    logits += min(logits, _LOSSES_AT_ONCE)
+    return Passing(layer + logits, layer + logits * (tokens * widths.vocabulary < LARGE))
 
 
 def evaluated_at_once(vocabulary: int, length: int) -> int:
