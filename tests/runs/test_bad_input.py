@@ -78,7 +78,7 @@ def test_a_checkpoint_of_another_recipe(
     text = recipe.read_text()
     recipe.write_text(text.replace("learning_rate = 0.7", "learning_rate = 0.8"))
     before = tree(halfway)
-    one_error(potluck("resume", halfway, code=7), "belongs to another recipe", "start a new run")
+    one_error(potluck("resume", halfway, code=9), "another recipe: outer.learning_rate", "is another run")
     assert tree(halfway) == before
     recipe.write_text(text)
     potluck("resume", halfway)
