@@ -46,6 +46,7 @@ def test_edits_hold_in_free_answers(base: Base) -> None:
     scores = score_edits(base, edits, before)
     editor.revert([edit.id for edit in edits])
     assert scores.reliability >= 0.9 and (scores.rephrase or 0) >= 0.8 and (scores.locality or 0) >= 0.8
+    assert (scores.es or 0) >= 0.9 and (scores.ns or 0) >= 0.8 and scores.exact_reliability == scores.reliability
     assert score_edits(base, edits, None).locality is None
 
 

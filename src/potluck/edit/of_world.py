@@ -22,7 +22,8 @@ def edits_of_world(known: Sequence[Fact], others: Sequence[Fact], seed: int = 0,
     draw = random.Random(seed)
     found = []
     for number, fact in enumerate(known):
-        near = [other.told[0] for other in others if other.relation is fact.relation and other.person != fact.person]
+        near = [other for other in others if other.relation is fact.relation and other.person != fact.person]
+        drawn = draw.sample(near, min(neighbours, len(near)))
         found.append(
             Edit(
                 str(number),
@@ -30,8 +31,9 @@ def edits_of_world(known: Sequence[Fact], others: Sequence[Fact], seed: int = 0,
                 fact.person,
                 fact.value,
                 rephrases=fact.kept_back,
-                neighbours=tuple(draw.sample(near, min(neighbours, len(near)))),
+                neighbours=tuple(other.told[0] for other in drawn),
                 relation=fact.relation.name,
+                truths=tuple(other.value for other in drawn),
             )
         )
     return found
