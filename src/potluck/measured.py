@@ -104,6 +104,7 @@ MEASURED = (
     Measured(TRAINED, "int4", 10, 20, 3.1111),
     Measured(TRAINED, "sparse", 10, 5, 3.3678),
     Measured(TRAINED, "sparse", 10, 20, 3.2377),
+    Measured(TRAINED, "sparse", 10, 50, 3.0118),
     Measured(TRAINED, "int8, down int8", 10, 5, 3.3055),
     Measured(TRAINED, "int8, down int8", 10, 20, 3.1115),
     Measured(TRAINED, "int4, down int8", 10, 5, 3.3058),
