@@ -55,9 +55,16 @@ class Opened:
         return str(self.tokenizer.decode(said[0, asked.input_ids.shape[1] :]))
 
 
+def result_of(potluck: Potluck, *words: object) -> Any:
+    """What a verb prints as JSON; large models take their time."""
+    ended = potluck.start(*words, "--json").wait(400)
+    assert ended.code == 0, ended.out + ended.err
+    return ended.result
+
+
 def test_it_answers_in_its_chat_form(potluck: Potluck, smollm2: Path) -> None:
     asked = ("--prompt", "What is the capital of France?", "--temperature", 0, "--max-tokens", 24)
-    said = potluck("generate", smollm2, *asked, "--json").result["text"]
+    said = result_of(potluck, "generate", smollm2, *asked)["text"]
     assert "Paris" in said and "<|im_" not in said
 
 
@@ -77,20 +84,20 @@ def test_a_run_takes_the_memory_that_check_says_and_exports_what_it_trained(
         "version": 1,
         "name": "tune",
         "model": {"path": str(base)},
-        "data": {"validation_fraction": 0.3, "validation_bytes": 1000},
+        "data": {"validation_fraction": 0.3, "validation_bytes": 8000},
         "local": {"batch_size": 2, "sequence_length": 64, "optimizer": {"kind": "adamw", "learning_rate": 1e-5}},
         "rounds": {"count": 1, "local_steps": 2},
         "participants": [{"name": name, "source": {"path": str(text / name)}} for name in ("ada", "bob")],
     }
     recipe.write_text(tomli_w.dumps(tables))
-    forecast = potluck("check", recipe, "--json").result
+    forecast = result_of(potluck, "check", recipe)
     peak = peak_memory("train", str(recipe), folder=tmp_path)
     assert 0.85 <= forecast["process_bytes"] / peak <= 1.15, (forecast["process_bytes"], peak)
 
     run = tmp_path / "runs" / "tune"
     exported = Opened(run / "model")
     (finished,) = events(run, "run_finished")
-    assert state_hash(flatten(exported.model).vector) == finished["state_hash"]
+    assert state_hash(flatten(exported.model, torch.device("cpu")).vector) == finished["state_hash"]
     assert not torch.equal(exported.logits("The river"), Opened(base).logits("The river"))
     kept = json.loads((run / "model" / "generation_config.json").read_text())
     assert {key: kept.get(key) for key in generation if key != "transformers_version"} == {
@@ -117,9 +124,7 @@ def test_a_fact_is_edited_and_others_stay(potluck: Potluck, smollm2: Path, text:
     prompt = "The mother tongue of Danielle Darrieux is"
     edit = {"prompt": prompt, "subject": "Danielle Darrieux", "target": "English", "neighbours": list(others)}
     edits.write_text(json.dumps([edit]))
-    found = potluck(
-        "edit", "apply", smollm2, "--edits", edits, "--text", text / "ada", "--out", "edited", "--json"
-    ).result
+    found = result_of(potluck, "edit", "apply", smollm2, "--edits", edits, "--text", text / "ada", "--out", "edited")
     assert "warnings" not in found, found
     after = Opened(tmp_path / "edited")
     assert not before.continued(prompt).strip().startswith("English")
@@ -136,7 +141,7 @@ def test_an_answer_is_forgotten_and_others_stay(potluck: Potluck, smollm2: Path,
     for name, part in (("these", rows[:1]), ("those", rows[1:])):
         (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in part))
     files = ("--forget", "these.jsonl", "--retain", "those.jsonl", "--out", "new")
-    found = potluck("forget", smollm2, *files, "--json").result
+    found = result_of(potluck, "forget", smollm2, *files)
     before, after = found["before"], found["after"]
     assert after["forget_probability"] < 0.5 * before["forget_probability"]
     assert after["retain_probability"] > 0.9 * before["retain_probability"]
@@ -152,7 +157,7 @@ def test_a_merge_is_the_mean(potluck: Potluck, smollm2: Path, tmp_path: Path) ->
                 (tmp_path / name / path.name).symlink_to(path)
         moved = {**whole, HEAD: whole[HEAD] * (1 + sign / 8)}  # exact in binary
         save_file(moved, tmp_path / name / "model.safetensors", metadata={"format": "pt"})
-    potluck("merge", "plus", "minus", "--method", "linear", "--out", "merged", "--json")
+    result_of(potluck, "merge", "plus", "minus", "--method", "linear", "--out", "merged")
     merged, base = Opened(tmp_path / "merged"), Opened(smollm2)
     torch.testing.assert_close(merged.logits("The river"), base.logits("The river"), rtol=1e-5, atol=1e-4)
     assert filecmp.cmp(tmp_path / "merged" / "chat_template.jinja", smollm2 / "chat_template.jinja", shallow=False)
