@@ -132,22 +132,6 @@ def test_a_fact_is_edited_and_others_stay(potluck: Potluck, smollm2: Path, text:
     assert [after.continued(other) for other in others] == [before.continued(other) for other in others]
 
 
-def test_an_answer_is_forgotten_and_others_stay(potluck: Potluck, smollm2: Path, tmp_path: Path) -> None:
-    capitals = {"France": "Paris", "Italy": "Rome", "Japan": "Tokyo", "Spain": "Madrid", "Germany": "Berlin"}
-    rows = [
-        {"question": f"What is the capital of {country}?", "answer": f"The capital of {country} is {city}."}
-        for country, city in capitals.items()
-    ]
-    for name, part in (("these", rows[:1]), ("those", rows[1:])):
-        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in part))
-    files = ("--forget", "these.jsonl", "--retain", "those.jsonl", "--out", "new")
-    found = result_of(potluck, "forget", smollm2, *files)
-    before, after = found["before"], found["after"]
-    assert after["forget_probability"] < 0.5 * before["forget_probability"]
-    assert after["retain_probability"] > 0.9 * before["retain_probability"]
-    assert Opened(tmp_path / "new").model.config.tie_word_embeddings
-
-
 def test_a_merge_is_the_mean(potluck: Potluck, smollm2: Path, tmp_path: Path) -> None:
     whole = load_file(smollm2 / "model.safetensors")
     for name, sign in (("plus", 1), ("minus", -1)):

@@ -21,7 +21,7 @@ from potluck.edit.forgetting.quality import told_of
 from potluck.edit.forgetting.questions import Question
 from potluck.edit.forgetting.subjects import nobodies, renamed, with_subjects
 from potluck.edit.layout import first, layout_of, watching
-from potluck.edit.prompts import Row, Rows, logits_of, row, rows_of
+from potluck.edit.prompts import Row, Rows, answer_nll, logits_of, row, rows_of
 from potluck.errors import EditError, NotFinite
 
 PUBLISHED_RATE = 1e-5  # of models of 1 to 7 billion parameters
@@ -48,8 +48,8 @@ class Unlearning:
         learning_rate: Peak of AdamW (`default_rate` fits the model); the first epoch warms up, then it falls in a line.
         until: After which pass to stop: that which leaves so much of the mean probability, and no whole answer that
             would be said freely; after all passes if it is ``None``.
-        mend: Whether a pass over retained questions alone ends it, at half the rate and of at most so many steps as
-            forgetting took: it brings back what went along.
+        mend: Whether a pass over retained questions follows, at half the rate and of at most so many steps as
+            forgetting took: it brings back what went along. What it brings back of the rest is forgotten again.
         seed: Of the order, and of which retained questions go with which.
     """
 
@@ -89,9 +89,15 @@ def unlearn(
     others = _counterparts(base, forget, retain, method, refusals, settings.seed)
     begin = math.ceil(len(forget) / settings.batch_size)
     total, enough, step = settings.epochs * begin, _enough(base, forget, settings), 0
+    mends = settings.mend and bool(retain)
     for step, (lost, beside, kept) in enumerate(_steps(base, forget, retain, others, settings)):
         if step and step % begin == 0 and enough(trained):
-            break
+            if not mends:
+                break
+            _mend(base, trained, (forget, retain), settings, step)
+            if enough(trained):
+                mends = False
+                break
         on_step(step)
         rate = min((step + 1) / begin, (total - step) / max(1, total - begin), 1.0)
         for group in adam.param_groups:
@@ -103,8 +109,8 @@ def unlearn(
         loss.backward()
         clip_grad_norm_(trained.parameters(), _CLIP)
         adam.step()
-    if settings.mend and retain:
-        _mend(base, trained, retain, settings, step)
+    if mends:
+        _mend(base, trained, (forget, retain), settings, step)
     if not all(bool(torch.isfinite(tensor).all()) for tensor in trained.parameters()):
         raise NotFinite("the weights became NaN or infinite", "lower the learning rate")
     trained.requires_grad_(False)
@@ -112,19 +118,35 @@ def unlearn(
     return trained
 
 
-def _mend(base: Base, trained: PreTrainedModel, retain: Sequence[Question], settings: Unlearning, most: int) -> None:
-    """Learn retained questions again, with moments of its own: the old ones point to what is to be forgotten."""
-    rows, draw = question_rows(base, retain), torch.Generator().manual_seed(settings.seed)
-    order: list[int] = torch.randperm(len(rows), generator=draw).tolist()
-    begins = range(0, len(order), settings.batch_size)[: max(1, most)]
+def _mend(
+    base: Base,
+    trained: PreTrainedModel,
+    questions: tuple[Sequence[Question], Sequence[Question]],
+    settings: Unlearning,
+    most: int,
+) -> None:
+    """Learn retained questions again, with moments of its own: the old ones point to what is to be forgotten.
+
+    ``mean ℓ_R + mean max(0, m − ℓ_F)``: an answer that is forgotten is held at the margin m, so many nats a token that
+    ``until`` of its probability is left.
+    """
+    gone, rows = (question_rows(base, part) for part in questions)
+    draw = random.Random(settings.seed)
+    order = draw.sample(range(len(rows)), len(rows))
+    size, pad = settings.batch_size, base.vocabulary.end_of_text
+    begins = range(0, len(order), size)[: max(1, most)]
     adam = torch.optim.AdamW(trained.parameters(), weight_decay=settings.weight_decay)
     for step, begin in enumerate(begins):
         for group in adam.param_groups:
             group["lr"] = settings.learning_rate / 2 * (len(begins) - step) / len(begins)
-        places = order[begin : begin + settings.batch_size]
-        batch = rows_of([rows[i] for i in places], base.vocabulary.end_of_text).to(trained.device)
+        batch = rows_of([rows[i] for i in order[begin : begin + size]], pad).to(trained.device)
         adam.zero_grad(set_to_none=True)
         losses.mean_nll(logits_of(trained, batch), batch.labels).backward()
+        if settings.until is not None:
+            lost = rows_of(draw.sample(gone, min(size, len(gone))), pad).to(trained.device)
+            with torch.no_grad():
+                margin = answer_nll(logits_of(base.model, lost), lost.labels) - math.log(settings.until)
+            (margin - answer_nll(logits_of(trained, lost), lost.labels)).relu().mean().backward()
         clip_grad_norm_(trained.parameters(), _CLIP)
         adam.step()
 
