@@ -25,7 +25,7 @@ from potluck.local.streams import AdaptiveState, stream_steps
 from potluck.local_state import LocalState
 from potluck.models.flat import state_hash
 from potluck.recipe import Recipe
-from potluck.recipe.outer import OuterNesterov
+from potluck.recipe.outer import OuterNesterov, OuterSgd
 from potluck.recipe.schedules import rate_factor
 from potluck.recipe.seeds import seed_of
 from potluck.recipe.updates import Streaming
@@ -172,7 +172,9 @@ def eager(participant: Participant, task: Task, shared: Tensor) -> Contribution:
         rest = _steps(participant, int(task.parameters["first_step"]), int(task.parameters["steps"]))
     delta = start - vector.cpu()
     tensors = _packed(participant, task, delta)
-    gain = recipe.outer.learning_rate * (1 + recipe.outer.momentum if isinstance(recipe.outer, OuterNesterov) else 1)
+    outer = recipe.outer
+    assert isinstance(outer, OuterSgd | OuterNesterov)  # the recipe refuses others
+    gain = outer.learning_rate * (1 + outer.momentum if isinstance(outer, OuterNesterov) else 1)
     state.own = torch.sub(shared, delta, alpha=gain / recipe.asked_per_round)
     _go_on(state, task)
     return _contribution(participant, task, joined(overlapped, rest), tensors)
