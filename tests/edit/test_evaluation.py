@@ -73,5 +73,5 @@ def test_the_verbs_say_it(potluck: Callable[..., Any], tmp_path: Path) -> None:
     words = ("edit", "apply", WORLD, "--edits", "edits.json", "--method", "grace", "--out", "beside")
     assert potluck(*words, "--json").result["told"] == 1.0
     assert edits[0].target in potluck("generate", "beside", "--prompt", edits[0].prompt, "--temperature", 0).out
-    potluck("edit", "apply", WORLD, "--edits", "edits.json", "--method", "wise", "--text", "x", "--out", "new", code=3)
+    potluck("edit", "apply", WORLD, "--edits", "edits.json", "--method", "wise", "--text", "x", "--out", "new", code=4)
     assert not (tmp_path / "new").exists()

@@ -81,12 +81,11 @@ def test_the_process_holds_all_of_it(tables: Tables) -> None:
     [
         {"local": {"batch_size": 64, "sequence_length": 64}},
         {"data": {"validation_fraction": 0.5}},
-        {"updates": {"links": [{"kind": "quantize"}]}},
     ],
     ids=str,
 )
 def test_what_passes_is_counted(tables: Tables, texts: Path, changes: Tables) -> None:
-    """A larger step, more text to evaluate, and links each need more than the same run without."""
+    """A larger step and more text to evaluate each need more than the same run without."""
     (texts / "ada" / "long.txt").write_text("word " * 60_000)
     try:
         wide = {**DEEP, "width": 256, "feedforward": 512}
@@ -94,6 +93,14 @@ def test_what_passes_is_counted(tables: Tables, texts: Path, changes: Tables) ->
     finally:
         (texts / "ada" / "long.txt").unlink()
     assert less is not None and more is not None and more > less
+
+
+def test_what_an_exchange_makes_is_counted(tables: Tables) -> None:
+    """Where the exchange is the peak: a model that is large beside a step's and an evaluation's few tokens."""
+    wide = {**DEEP, "width": 512, "feedforward": 1024}
+    less, more = check(tables, model=wide), check(tables, model=wide, updates={"links": [{"kind": "quantize"}]})
+    assert less.process_bytes is not None and more.process_bytes is not None
+    assert more.process_bytes > less.process_bytes
 
 
 def test_how_many_tokens_a_bpe_gets(tables: Tables) -> None:
