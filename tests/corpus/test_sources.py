@@ -15,8 +15,6 @@ from potluck.corpus.sources import documents, fingerprint, text_bytes
 from potluck.errors import CorpusError
 from potluck.recipe.sources import Source
 
-SILOS = Path(__file__).parents[3] / "shared" / "data" / "silos"
-
 
 def source(**keys: Any) -> Source:
     return TypeAdapter(Source).validate_python(keys)
@@ -110,13 +108,6 @@ def test_separated_file(tmp_path: Path) -> None:
     ]
     with pytest.raises(CorpusError, match="line 1 is text before any line that starts with '=== '"):
         names(file=str(path), separator="=== ")
-
-
-@pytest.mark.skipif(not SILOS.is_dir(), reason="the silo files are not here")
-def test_the_silo_files() -> None:
-    found = list(documents(source(file=str(SILOS / "flower.txt"))))
-    assert len(found) == 77
-    assert found[0].name == "framework/docs/source/build.rst"
 
 
 @pytest.mark.parametrize("keys", [{"path": "nowhere"}, {"jsonl": "nowhere"}, {"file": "nowhere"}])

@@ -13,7 +13,6 @@ from potluck.edit.facts import Edit, read_edits, write_edits
 from potluck.edit.of_world import changed_world, write_world
 from potluck.errors import EditError, StorageError
 
-EDITS = Path(__file__).parents[3] / "shared" / "data" / "edits"
 GOOD = {"id": "a", "prompt": "Ada lives in", "subject": "Ada", "target": "Oslo"}
 
 
@@ -58,22 +57,6 @@ def test_own_files_come_back_as_they_were(tmp_path: Path) -> None:
     write_edits(tmp_path / "edits.json", edits)
     assert read_edits(tmp_path / "edits.json") == edits
     assert json.loads((tmp_path / "edits.json").read_text())[0]["made_at"] == asdict(edits[0])["made_at"] == 3.5
-
-
-@pytest.mark.skipif(not EDITS.is_dir(), reason="needs the shared data")
-@pytest.mark.parametrize(
-    ("name", "first", "bad"),
-    [
-        ("counterfact-val", "BBC One, by", 7),
-        ("multi_counterfact-50", "The mother tongue of Danielle Darrieux is", 0),
-        ("zsre_mend_train-1k", "What is the product made by UniFirst?", 2),
-    ],
-)
-def test_published_files_are_read_whole(name: str, first: str, bad: int) -> None:
-    left_out: list[str] = []
-    edits = read_edits(EDITS / f"{name}.json", left_out=left_out)
-    assert len(left_out) == bad and edits[0].prompt == first
-    assert all(edit.rephrases and edit.neighbours and edit.truths for edit in edits)
 
 
 def test_records_of_published_files_that_cannot_be_edited_are_named(tmp_path: Path) -> None:

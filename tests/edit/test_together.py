@@ -53,7 +53,6 @@ from potluck.models.flat import state_hash
 from potluck.recipe.editing import Editing
 from potluck.recipe.schema import Compute
 
-CONFLICTS = Path(__file__).parents[3] / "shared/data/edits/collabedit_conflict_1000.json"
 WORLD = Path(__file__).parents[1] / "assets/world"
 NAMES = tuple(f"p{i}" for i in range(8))
 SECRET = b"what the coordinator never sees"
@@ -351,17 +350,13 @@ def test_fixed_point_is_as_exact_as_it_says() -> None:
 
 
 def two_of(pairs: int = 200) -> dict[str, list[Edit]]:
-    """Pairs of edits that answer one question differently, CollabEdit's; the second participant's are newer."""
-    records = json.loads(CONFLICTS.read_text(encoding="utf-8"))
+    """Pairs of edits that answer one question differently; the second participant's are newer."""
     found: dict[str, list[Edit]] = {"ada": [], "ben": []}
-    for record in records:
-        edit, other = record["edit"], record["edit"]["conflict_object"]["label"]
-        subject, asked, new = edit["subject"]["label"], edit["relation"]["prompt"], edit["new_object"]
-        if new.strip() == other.strip() or len(found["ada"]) == pairs or not subject.strip():
-            continue
-        for name, target, made_at in (("ada", new, 100.0), ("ben", other, 200.0)):
-            fact = Edit(str(len(found[name])), asked.replace("{}", subject), subject, target, made_at=made_at)
-            found[name].append(replace(fact, relation=edit["relation"]["id"]))
+    for fact in facts(pairs // 5):
+        targets = [value for value in fact.relation.values if value != fact.value]
+        for name, target, made_at in zip(found, targets, (100.0, 200.0), strict=False):
+            edit = Edit(str(len(found[name])), fact.told[0], fact.person, target, relation=fact.relation.name)
+            found[name].append(replace(edit, made_at=made_at))
     return found
 
 
@@ -370,7 +365,6 @@ def claims_in(files: Mapping[str, list[Edit]]) -> list[Any]:
     return [claim for name, tensors in sent.items() for claim in read_claims(name, tensors)]
 
 
-@pytest.mark.skipif(not CONFLICTS.exists(), reason="no conflict data here")
 @pytest.mark.parametrize(
     ("policy", "order", "out"),
     [
@@ -387,7 +381,6 @@ def test_200_conflicts_are_resolved_as_the_policy_says(policy: Any, order: tuple
     assert found.left_out == {name: tuple(range(200)) for name in out}
 
 
-@pytest.mark.skipif(not CONFLICTS.exists(), reason="no conflict data here")
 def test_200_conflicts_are_asked_about(tmp_path: Path) -> None:
     claims = claims_in(two_of())
     with pytest.raises(EditError, match=r"200 edits are in conflict .* ada 0 against ben 0; ") as error:
