@@ -12,6 +12,8 @@ from torch import Tensor
 
 from potluck.errors import EditError
 
+_ROUNDING = 1e-12  # of the mean diagonal, added where a sum is nearly singular: rounding is relative to the largest
+
 
 def sums(keys: Tensor, residuals: Tensor) -> tuple[Tensor, Tensor]:
     """``M = Rᵀ K``, ``(d_out, d_in)``, and ``G = Kᵀ K``, ``(d_in, d_in)``."""
@@ -44,7 +46,9 @@ def memit_update(m: Tensor, g: Tensor, moment: Tensor, weight: float) -> Tensor:
     Raises:
         EditError: The sum is not positive definite: what came is no sum of squares, or λ is too small.
     """
-    return _right_divided(m, regular(weight * moment + g, 1e-12))
+    total = weight * moment + g
+    total.diagonal().add_(_ROUNDING * float(total.diagonal().mean()))
+    return _right_divided(m, total)
 
 
 def null_space(moment: Tensor, free: float) -> Tensor:
