@@ -210,8 +210,7 @@ def revert(model: Path, ids: Sequence[str], out: Path) -> dict[str, Any]:
 def default_layers(base: Base, method: str) -> tuple[int, ...]:
     """Layers at a sixth to a half of the depth, where causal tracing found facts in models of every size.
 
-    AlphaEdit takes the last five of them at most. MEMIT's ten in a model of 30 layers change fewer answers about others
-    than five do (docs/log.md).
+    Ten in a model of 30 layers change fewer answers about others than five do (docs/log.md).
 
     A memory is beside the last layer but one: late, but with something after it that can use what it says.
     """
@@ -219,9 +218,7 @@ def default_layers(base: Base, method: str) -> tuple[int, ...]:
     if method in BESIDE:
         return (max(0, count - 2),)
     first, last = count // 6, max(count // 6, count // 2 - 1)
-    if method in ("rome", "ft", "lora"):
-        return (last,)
-    return tuple(range(max(first, last - 4) if method == "alphaedit" else first, last + 1))
+    return (last,) if method in ("rome", "ft", "lora") else tuple(range(first, last + 1))
 
 
 def _go_on(request: Request, edits: Sequence[Edit]) -> dict[str, Any]:
