@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any
@@ -10,7 +10,7 @@ from typing import Annotated, Any
 import typer
 
 from potluck.cli.edit import Site
-from potluck.cli.options import JsonOption, print_json, progress
+from potluck.cli.options import JsonOption, print_json, warn
 
 verbs = typer.Typer()
 
@@ -95,15 +95,7 @@ def forget(
     )  # fmt: skip
     result = commands.forget(request, lambda what: None if as_json else typer.echo(what, err=True))
     _print(result, as_json)
-    show_warnings(result["warnings"])
-
-
-def show_warnings(warnings: Sequence[str]) -> None:
-    """What a person has to be told, on standard error."""
-    from rich.markup import escape
-
-    for text in warnings:
-        progress().print(f"[yellow]warning:[/] {escape(text)}", highlight=False, soft_wrap=True)
+    warn(result["warnings"])
 
 
 def show_checks(result: Mapping[str, Any], as_json: bool) -> None:
@@ -123,7 +115,7 @@ def show_checks(result: Mapping[str, Any], as_json: bool) -> None:
         for name in ("relearning_steps", "truth_ratio", "forget_quality"):
             for model, value in result.get(name, {}).items():
                 console.print(f"{name.replace('_', ' ')}, {model}: {value:.4g}")
-    show_warnings(result["warnings"])
+    warn(result["warnings"])
 
 
 def _layers(text: str) -> tuple[int, ...]:
