@@ -1,0 +1,147 @@
+"""JSON from outside: one reader with bounds, and one check of types.
+
+Whoever reads bytes that another process, machine or person wrote reads them here: messages, files of a model or an
+adapter, a library's entries, what a run left on disk. What is refused is a ``ValueError`` in a few words; the caller
+says in potluck's own error where it was. Reading n bytes takes less than 64 n bytes of memory.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from functools import cache
+from pathlib import Path
+from typing import Annotated, Any, NoReturn, TypeVar
+
+from pydantic import Field, TypeAdapter, ValidationError
+
+MAX_BYTES = 64 << 20
+MAX_DEPTH = 32
+_SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
+_adapter: Any = cache(TypeAdapter)
+_MAX_DIGITS = 20  # of 2^64
+
+T = TypeVar("T")
+Count = Annotated[int, Field(ge=0, lt=2**63)]
+Digest = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+ShortText = Annotated[str, Field(max_length=1000)]
+
+
+def loads(data: bytes | bytearray | memoryview | str, *, most_bytes: int = MAX_BYTES, depth: int = MAX_DEPTH) -> Any:
+    """A JSON value in UTF-8, as RFC 8259 has it, and no more.
+
+    Args:
+        data: What came.
+        most_bytes: More than this is refused unread.
+        depth: How many lists and objects may hold one another.
+
+    Raises:
+        ValueError: It is larger or deeper than that, no JSON, names a key twice, holds NaN, an infinite number, an
+            integer of 2^64 or more, or text that is not Unicode.
+    """
+    if len(data) > most_bytes:
+        raise ValueError(f"{len(data)} bytes of JSON, at most {most_bytes} are read")
+    text = data if isinstance(data, str) else str(data, "utf-8")
+    try:
+        value = _DECODER.decode(text)
+    except RecursionError:
+        raise ValueError(f"JSON nested deeper than {depth}") from None
+    _walk(value, depth, texts=_SURROGATE.search(text) is not None)
+    return value
+
+
+def load_json(path: Path, *, most_bytes: int = MAX_BYTES, depth: int = MAX_DEPTH) -> Any:
+    """A file's JSON, as `loads` reads it; a file that is larger is not read.
+
+    Raises:
+        OSError: It cannot be read.
+        ValueError: As `loads` raises it.
+    """
+    return loads(read_bytes(path, most_bytes), most_bytes=most_bytes, depth=depth)
+
+
+def read_bytes(path: Path, most_bytes: int = MAX_BYTES) -> bytes:
+    """A file's content, if it has no more bytes than that.
+
+    Raises:
+        OSError: It cannot be read.
+        ValueError: It is larger.
+    """
+    with path.open("rb") as file:
+        size = os.fstat(file.fileno()).st_size
+        content = b"" if size > most_bytes else file.read(most_bytes + 1)
+    if size > most_bytes or len(content) > most_bytes:
+        raise ValueError(f"a file of {max(size, len(content))} bytes, at most {most_bytes} are read")
+    return content
+
+
+def checked(kind: type[T], value: Any) -> T:
+    """A value from outside, if it is of this type: nothing is converted, ``true`` is no number and ``"1"`` is none.
+
+    Args:
+        kind: A pydantic model, ``dict[str, Count]``, a union …; lists stay lists.
+
+    Raises:
+        ValueError: It is not, with the first place where it is not, in one line.
+    """
+    try:
+        found: T = _adapter(kind).validate_python(value, strict=True)
+        return found
+    except ValidationError as error:
+        first = error.errors(include_url=False, include_context=False, include_input=False)[0]
+        place = ".".join(str(part)[:50] for part in first["loc"])
+        raise ValueError(f"{place}: {first['msg']}" if place else first["msg"]) from None
+    except RecursionError:
+        raise ValueError("nested too deeply") from None
+
+
+def _walk(value: Any, depth: int, texts: bool) -> None:
+    """Refuse what is nested deeper; with ``texts``, also text that UTF-8 cannot hold (lone surrogates)."""
+    level = [value]
+    for _ in range(depth):
+        if texts:
+            _encode(level)
+        holders = [item for item in level if isinstance(item, dict | list)]
+        level = [child for item in holders for child in (item.values() if isinstance(item, dict) else item)]
+        if not texts:
+            level = [child for child in level if isinstance(child, dict | list)]
+        if not level:
+            return
+    if any(isinstance(item, dict | list) for item in level):
+        raise ValueError(f"JSON nested deeper than {depth}")
+    if texts:
+        _encode(level)
+
+
+def _encode(level: list[Any]) -> None:
+    for item in level:
+        for text in [item] if isinstance(item, str) else item if isinstance(item, dict) else ():
+            text.encode()  # a UnicodeEncodeError is a ValueError
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        raise ValueError("an object names a key twice")
+    return found
+
+
+def _integer(digits: str) -> int:
+    if len(digits) > _MAX_DIGITS + 1 or not -(2**64) < (number := int(digits)) < 2**64:
+        raise ValueError("an integer of 2^64 or more")
+    return number
+
+
+def _finite(digits: str) -> float:
+    number = float(digits)
+    if number in (float("inf"), float("-inf")):
+        raise ValueError("a number that is not finite")
+    return number
+
+
+def _refused(constant: str) -> NoReturn:
+    raise ValueError(f"{constant} is no JSON")
+
+
+_DECODER = json.JSONDecoder(object_pairs_hook=_object, parse_int=_integer, parse_float=_finite, parse_constant=_refused)
