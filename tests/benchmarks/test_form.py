@@ -24,6 +24,7 @@ from benchmarks import (
     library,
     links,
     merge,
+    outer_steps,
     overhead,
     packing,
     parity,
@@ -52,6 +53,16 @@ PARTS = Parts(
 TINY: dict[ModuleType, Any] = {
     overhead: overhead.Size(
         single={1: (2, 1)}, swapped=1, swapped_steps=2, participants=2, saves=2, model=MODEL, batch=(2, 16)
+    ),
+    outer_steps: outer_steps.Size(
+        runs=((2, 1),),
+        starts=(outer_steps.RANDOM,),
+        codecs=("fp32", "int8"),
+        batch=1,
+        length=16,
+        model=dict(MODEL),
+        text_bytes=20_000,
+        held_out_bytes=2_000,
     ),
     aggregate: aggregate.Size(
         parameters=300_000,
@@ -124,6 +135,7 @@ def test_a_benchmark_runs_and_writes_its_measurements(
     module: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(_silos, "PLACE", tmp_path / "texts")
+    monkeypatch.setattr(outer_steps, "PLACE", tmp_path / "outer-steps")
     code, results = written(tmp_path / "out.json", module.measure, TINY[module])
     assert set(module.SIZES) == {"short", "full"}
     assert all(set(result) == {f.name for f in fields(Measurement)} for result in results)
