@@ -33,6 +33,8 @@ from benchmarks._silos import PLACE, BaseSize, Texts, stage, texts
 from potluck.compose.adapter import Adapter, load_adapter, save_adapter
 from potluck.compose.base import Base, load_base, token_stream
 from potluck.compose.decoding.decode import Sampling, decode
+from potluck.compose.decoding.deferral import Lesson as Gates
+from potluck.compose.decoding.deferral import learn_deferral
 from potluck.compose.decoding.models import Here
 from potluck.compose.decoding.rules import Speculative
 from potluck.compose.effect import losses, stretches
@@ -44,9 +46,12 @@ from potluck.compose.library.specification import specification_of
 from potluck.compose.library.storage import Files
 from potluck.compose.library.yardstick import yardstick_of
 from potluck.compose.lora import attached, copied_with, merge_into, train_adapter
-from potluck.compose.merging.adapters import ADAPTER_METHODS, merge_adapters
+from potluck.compose.merging.adapters import ADAPTER_METHODS, MEASURED, merge_adapters
+from potluck.compose.merging.lego import Lego
 from potluck.compose.merging.models import MODEL_METHODS, merge_models
+from potluck.compose.routing.arrow import Arrow, arrow, mean_shares
 from potluck.compose.routing.evidence import by_evidence, token_profile
+from potluck.compose.statistics import Statistics, fisher_statistics, gram_statistics
 from potluck.compose.training import Lesson
 from potluck.models.mixture import TokenRouter
 from potluck.recipe.seeds import seed_of
@@ -70,6 +75,7 @@ class Size:
         merges: Methods of merging adapters, and the weight of each adapter.
         models: Methods of merging the first two participants' models.
         said: Tokens that are generated.
+        gates: Stretches of 128 tokens that deferral learns from, in all.
     """
 
     base: BaseSize
@@ -83,9 +89,13 @@ class Size:
     held_out: int = 5
     entry: int = 24
     query: int = 8
-    merges: tuple[tuple[str, float], ...] = (("svd", 0.5), ("svd", 0.75), ("ties", 0.5))
+    merges: tuple[tuple[str, float], ...] = (
+        *((method, 0.5) for method in ("svd", "ties", "dare_ties", "lego", "regmean", "fisher")),
+        ("svd", 0.75),
+    )
     models: tuple[str, ...] = ("linear", "multislerp")
     said: int = 24
+    gates: int = 20
 
 
 _BASE = BaseSize(vocabulary=1024, layers=2, width=64, heads=2, feedforward=176, steps=100)
@@ -193,7 +203,15 @@ def _adapters(place: Place) -> list[Measurement]:
     rows.append(
         measured("adapters by evidence: share of the own adapters' gain", kept, "1", at_least=_least(place, 0.8))
     )
-    return [*rows, measured("general, adapters by evidence", [routed["general"]], "nats per token")]
+    rows.append(measured("general, adapters by evidence", [routed["general"]], "nats per token"))
+    chosen = place.known("arrow", lambda: _by_arrow(place))
+    gains = [base[name] - chosen["losses"][name] for name in place.names]
+    right = [chosen["shares"][name][name] for name in place.names]
+    return [
+        *rows,
+        measured("adapters by arrow: mean gain", [_mean(gains)], "nats"),
+        measured("adapters by arrow: of the tokens of a text, to its own adapter", right, "1"),
+    ]
 
 
 def _with(place: Place, adapter: Adapter, names: Sequence[str]) -> Losses:
@@ -209,6 +227,25 @@ def _routed(place: Place) -> Losses:
         return place.losses(place.base.model)
 
 
+def _by_arrow(place: Place) -> Any:
+    adapters, found, shares = {name: place.adapter(name) for name in place.names}, {}, {}
+    for name in place.names:
+        with arrow(place.base.model, adapters, Arrow(top_k=1)) as routed:
+            found |= place.losses(place.base.model, (name,))
+            shares[name] = mean_shares(routed)
+    return {"losses": found, "shares": shares}
+
+
+def _statistics(place: Place, method: str) -> list[Statistics]:
+    """What each participant measures on its own text, where the method needs it."""
+    kind = MEASURED.get(ADAPTER_METHODS[method])
+    if kind is None:
+        return []
+    measure_it = {"gram": gram_statistics, "fisher": fisher_statistics}[kind]
+    most = place.size.steps * place.size.batch_size * _LENGTH
+    return [measure_it(place.base, place.adapter(name), place.own(name)[:most]) for name in place.names]
+
+
 def _merged(place: Place) -> list[Measurement]:
     """All adapters as one of the same rank, on everybody's text."""
     rows = []
@@ -217,7 +254,11 @@ def _merged(place: Place) -> list[Measurement]:
 
         def merged(method: str = method, weight: float = weight) -> Losses:
             adapters = [place.adapter(name) for name in place.names]
-            made = merge_adapters(adapters, ADAPTER_METHODS[method](), [weight] * len(adapters))
+            weights, statistics = [weight] * len(adapters), _statistics(place, method)
+            if method == "lego":
+                made = merge_adapters(adapters, Lego())
+            else:
+                made = merge_adapters(adapters, ADAPTER_METHODS[method](), weights, statistics=statistics)
             return _with(place, made, tuple(place.measured))
 
         found = place.known(f"merge-{method}-{weight}", merged)
@@ -353,8 +394,19 @@ def _decoding(place: Place) -> list[Measurement]:
         calls = together.counts[name].calls / max(1, len(together.tokens))
         return {"equal": float(together.tokens == theirs), "calls": calls, "samples": samples}
 
-    found = place.known("decoding", decoded)
+    def deferred() -> Any:
+        assistant = copied_with(place.base.model, place.adapter(name))
+        here, other = (Here(n, m, vocabulary.size) for n, m in (("base", place.base.model), (name, assistant)))
+        each = place.size.gates * _LENGTH // len(place.everybody)
+        text = [vocabulary.tokenizer.decode(place.own(n)[-each:].tolist()) for n in place.everybody]
+        return learn_deferral(place.base, here, [other], text, Gates(sequence_length=_LENGTH)).figures
+
+    found, figures = place.known("decoding", decoded), place.known("deferral", deferred)
+    nats = figures["nats_per_token"]
     return [
+        measured(f"deferral to the adapter of {name}: less than the base", [nats["base"] - nats["deferral"]], "nats"),
+        measured("the adapter at every token: less than the base", [nats["base"] - nats[name]], "nats"),
+        measured("deferral: calls", [figures["called"]], "of tokens"),
         measured("a text by speculation is the assistant's own", [found["equal"]], "1 = yes", at_least=1),
         measured("calls of the assistant, a token", [found["calls"]], "1"),
     ]
