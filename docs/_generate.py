@@ -85,7 +85,7 @@ def cli_page() -> str:
     """Every verb with its arguments and options."""
     parts = []
     for name, verb in leaves(get_command(app)):
-        arguments, rows = [p.metavar for p in verb.params if p.name in p.opts], []
+        arguments, rows = [argument(p) for p in verb.params if p.name in p.opts], []
         for p in verb.params:
             names = [p.metavar] if p.name in p.opts else [*p.opts, *p.secondary_opts]
             kind = "repeatable" if p.multiple else p.type_descriptor.annotation.__name__.replace("bool", "flag").lower()
@@ -95,6 +95,11 @@ def cli_page() -> str:
         table = grid(("argument or option", "type", "default", "meaning"), rows)
         parts.append(f"## potluck {' '.join([name, *arguments])}\n\n{verb.help}\n\n{table}")
     return page("_cli_head.md", parts)
+
+
+def argument(parameter: Any) -> str:
+    """An argument's name; in brackets, if it may be left out."""
+    return parameter.metavar if parameter.required else f"[{parameter.metavar}]"  # type: ignore
 
 
 def leaves(group: Any, before: str = "") -> Iterator[tuple[str, Any]]:

@@ -51,7 +51,7 @@ from potluck.records.live import view
 from potluck.records.report import write_report
 from potluck.rounds.evaluation import held_out, union_of
 from potluck.run import best_round, check_identity, finished, history, newest_checkpoint
-from potluck.stopping import Stopping
+from potluck.stopping import RUN, Stopping
 
 Result = dict[str, Any]
 
@@ -240,7 +240,7 @@ def _checked_recipe(path: Path, settings: Sequence[str], console: Console) -> Re
 
 def _train(folder: Path, recipe: Recipe, variant: Variant, console: Console, number: int | None) -> Result:
     planned = Planned(folder, variant, recipe)
-    with resumable(f"potluck resume {folder}", console) as stopping:
+    with resumable(f"potluck resume {folder}") as stopping:
         _run(prepare(recipe, console.print), planned, console, "", stopping, number)
     return close_run(folder, console)
 
@@ -261,7 +261,7 @@ def close_run(folder: Path, console: Console) -> Result:
 
 
 def _compare(folder: Path, recipe: Recipe, pooled: bool, console: Console) -> Result:
-    with resumable(f"potluck resume {folder}", console) as stopping:
+    with resumable(f"potluck resume {folder}") as stopping:
         workplace = prepare(recipe, console.print)
         for planned in planned_runs(recipe, folder, pooled):
             prefix = str(planned.folder.relative_to(folder)).replace("/", " ")
@@ -278,15 +278,20 @@ def _compare(folder: Path, recipe: Recipe, pooled: bool, console: Console) -> Re
 
 
 @contextmanager
-def resumable(hint: str, console: Console) -> Iterator[Stopping]:
-    """Where Ctrl-C and SIGTERM end in how to go on."""
+def resumable(hint: str, means: str = RUN, at_once: str = "back at the last checkpoint") -> Iterator[Stopping]:
+    """Where Ctrl-C and SIGTERM end in how to go on.
+
+    Args:
+        means: What is said at the first signal.
+        at_once: What the second one meant.
+    """
     try:
-        with Stopping() as stopping:
+        with Stopping(means) as stopping:
             yield stopping
     except Interrupted as stop:
         raise Interrupted(str(stop), hint) from None
     except KeyboardInterrupt:
-        raise Interrupted("at once: back at the last checkpoint", hint) from None
+        raise Interrupted(f"at once: {at_once}", hint) from None
 
 
 def _run(

@@ -7,12 +7,14 @@
     repeat for each task:
         its answer was kept?         -> send it again
         the policy does not allow it -> say so
-        else perform it, keep state and answer on disk, send the answer
+        a limit of the owner's is reached -> say so, and leave
+        else perform it, keep state and answer on disk, note what leaves, send the answer
         local steps go on while the answer travels, if the task lets them
 """
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -47,10 +49,11 @@ from potluck.participant import CHANGED, EDITING, Participant
 from potluck.recipe import Recipe
 from potluck.recipe.part import Policy
 from potluck.records.journal import Journal
+from potluck.records.units import bytes_text, duration_text
+from potluck.sent import TRAINING, Sent
 
 WAIT_SECONDS = 2.0
 NOWHERE = -2  # the state in memory is that of no revision
-_TRAINING = ("train", "stream", "eager")
 
 
 @dataclass
@@ -61,6 +64,7 @@ class Joined:
         site: Its end of the engine.
         recipe: The run's, with this participant's own text and machine in it.
         folder: Where its state is kept.
+        sent: What has left, and its owner's limits.
         stop: Whether it was asked to leave.
         predicts_with: Its own model, if others may ask it.
         edits: Its own edits.
@@ -73,6 +77,7 @@ class Joined:
     policy: Policy
     folder: Path
     journal: Journal
+    sent: Sent
     stop: Callable[[], bool]
     predicts_with: Path | None = None
     edits: str | None = None
@@ -97,6 +102,9 @@ class Joined:
             "participant": self.name,
             "ended": ended,
             "tasks": self.tasks,
+            "rounds": self.sent.rounds,
+            "sent_bytes": self.sent.bytes,
+            "sent": str(self.sent.path),
             "worked_seconds": round(self.worked_seconds, 3),
             "trained_seconds": round(self.trained_seconds, 3),
             "seconds": round(time.monotonic() - self.began, 3),
@@ -141,6 +149,9 @@ def attend(joined: Joined) -> dict[str, Any]:
         site.say(status="ready", task="")
         joined.journal("ready", participant=participant.name)
         return joined.result(_serve(joined, participant, store))
+    except Interrupted:
+        site.say(reason="it was asked to leave")
+        raise
     except PotluckError as error:
         site.say(reason=str(error))
         raise
@@ -242,7 +253,8 @@ def _check_layout(joined: Joined, network: Network) -> None:
 
 def _serve(joined: Joined, participant: Participant, store: LocalStore) -> str:
     """Task after task; the reason why it ended."""
-    while not joined.stop():
+    why = ""
+    while not (joined.stop() or (why := joined.sent.over())):
         received = joined.upcoming.result() if joined.upcoming is not None else joined.site.next(WAIT_SECONDS)
         joined.upcoming = None
         if received is None:
@@ -250,10 +262,19 @@ def _serve(joined: Joined, participant: Participant, store: LocalStore) -> str:
         if received.ends:
             received.delivery.done()
             return str(received.frame.facts.get("reason", "the run is over"))
+        if received.fields.get("kind") in TRAINING and (why := joined.sent.over(received.name)):
+            _send(joined, received, Answer(None, why))
+            break
         joined.site.say(status="working", task=received.name)
         _one_task(joined, participant, store, received)
         joined.site.say(status="ready", task="", worked_seconds=round(joined.worked_seconds, 1))
-    return "it was asked to leave"
+    if not why:
+        raise Interrupted(
+            f"left after {joined.sent.rounds} rounds, {bytes_text(joined.sent.bytes)} sent; the run goes on without "
+            f"{joined.name}, and what it took part in stays in the model"
+        )
+    joined.site.say(reason=why)
+    return why
 
 
 def _one_task(joined: Joined, participant: Participant, store: LocalStore, received: Received) -> None:
@@ -282,11 +303,28 @@ def _one_task(joined: Joined, participant: Participant, store: LocalStore, recei
 
 
 def _send(joined: Joined, received: Received, answer: Answer) -> None:
+    began, before = time.monotonic(), joined.sent.bytes
     try:
         joined.site.answer(received.name, answer.contribution, answer.reason, _too_late(received))
         received.delivery.done()
     except PotluckError as error:
         joined.journal(f"task {received.name}: the answer could not be sent: {error}")
+        return
+    sent = f"sent {bytes_text(joined.sent.bytes - before)} in {duration_text(time.monotonic() - began)}"
+    done = f"task {received.name}: not done" if answer.contribution is None else _done(joined, answer.contribution)
+    joined.journal(f"{done}; {sent}, {bytes_text(joined.sent.bytes)} so far", task=received.name)
+
+
+def _done(joined: Joined, contribution: Contribution) -> str:
+    """What a task came to, for its owner."""
+    said, kind, count = contribution.header, contribution.kind, joined.recipe.rounds.count
+    if kind in TRAINING:
+        return f"round {contribution.revision + 1} of {count}: {said['steps']} local steps, loss {said['loss']:.3g}"
+    if kind == "evaluate":
+        bits = float(said["nats"]) / (math.log(2) * max(1, int(said["bytes"])))
+        when = f"after round {contribution.revision} of {count}" if contribution.revision else "before training"
+        return f"{when}: held-out {bits:.3g} bits/byte"
+    return f"task of kind `{kind}` done"
 
 
 def _send_and_fetch(joined: Joined, received: Received, answer: Answer) -> Received | None:
@@ -314,12 +352,14 @@ def _too_late(received: Received) -> Callable[[], bool]:
 def _perform(joined: Joined, participant: Participant, store: LocalStore, received: Received) -> Answer:
     """Do a task and keep what it came to. A failure is an answer, too; it changes nothing."""
     fields, state = received.fields, participant.state
-    trains = fields.get("kind") in _TRAINING
+    trains = fields.get("kind") in TRAINING
     try:
         check_policy(joined.policy, fields, received.payload_bytes)
         task = joined.site.task(received, _too_late(received))
         if trains and joined.done != store.last_before(task.revision):
             _go_back(joined, participant, store, task.revision)
+        if trains:
+            joined.journal(f"round {task.revision + 1} of {joined.recipe.rounds.count}: local steps begin")
         worked = time.monotonic()
         joined.done = NOWHERE if trains else joined.done
         contribution = participant.perform(task)

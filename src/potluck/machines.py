@@ -12,6 +12,7 @@ from rich.console import Console
 
 from potluck.asking import Asks, local_recipe, refusals
 from potluck.commands import close_run, resumable
+from potluck.engine.nats.addresses import server_url
 from potluck.engine.nats.blobs import Blobs, JetStreamBlobs
 from potluck.engine.nats.claim import session_of
 from potluck.engine.nats.connection import Access, Connection, access_of
@@ -34,6 +35,7 @@ from potluck.records.folder import Variant, check_same_recipe, create_run, locke
 from potluck.records.journal import Journal
 from potluck.records.live import view
 from potluck.run import Run, finished, history, newest_checkpoint
+from potluck.sent import Sent
 from potluck.stopping import Stopping
 from potluck.updates import codec
 
@@ -41,6 +43,11 @@ Result = dict[str, Any]
 CONNECT_SECONDS = 30.0
 END_SECONDS = 10.0
 _AGAIN = "the same command goes on with it"
+_LEAVING = (
+    "leaving once the task under way is answered; the run goes on without this participant. "
+    "Once more leaves at once: that task is then not answered"
+)
+_BACK = "the same command comes back, with its optimizer and its place in the text"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,7 +75,7 @@ def host(recipe_path: Path, settings: Sequence[str], hosting: Hosting, console: 
             folder / "host", recipe.name, recipe.participant_names, hosting.place, hosting.own_keys, hosting.rotate
         )
         try:
-            with resumable(_AGAIN, console) as stopping:
+            with resumable(_AGAIN) as stopping:
                 _hosted(recipe, folder, premises, journal, console, stopping)
         finally:
             journal.close()
@@ -137,26 +144,28 @@ def join(url: str | None, invite_path: Path, part: Part, options: Joining, conso
     """Take part in a run until it is over."""
     invite = _invite(url, invite_path, options.key)
     folder = options.folder or Path("joined") / f"{invite.recipe}-{invite.run}" / invite.participant
-    with locked(folder):
+    with locked(folder), closing(Sent(folder / "sent.jsonl", part.limits)) as sent:
+        if why := sent.over("the next"):
+            raise PolicyError(why, "raise limits of your part, or --limit, to take part again")
         journal = Journal(folder / "join.log", lambda text: console.print(text, highlight=False, markup=False))
         access = access_of(invite)
         with (
             _connected(access, journal) as connection,
-            resumable(_AGAIN, console) as stopping,
+            resumable(_BACK, _LEAVING, "the task under way is not answered") as stopping,
         ):
             names, keys = Names(invite.run), {COORDINATOR: invite.coordinator}
             blobs: Blobs = JetStreamBlobs(connection, names, journal)
             post = Post(connection, names, invite.seed, keys, blobs, codec, folder / "incoming")
             asks, recipe, _ = understand(post, stopping)
             assert isinstance(recipe.engine, Nats)
-            _agree(asks, part, invite, options, console)
+            _agree(asks, part, invite, options, sent, console)
             post = replace(post, blobs=_blobs(recipe, connection, names, journal))
-            site = Site(post, invite.participant, recipe.engine, journal, session_of(folder), stopping)
+            site = Site(post, invite.participant, recipe.engine, journal, session_of(folder), stopping, sent)
             mine = local_recipe(recipe, invite.participant, part, str(folder / "shards"))
             own = None if part.predicts_with is None else Path(part.predicts_with)
             secret = None if part.edit_secret is None else Path(part.edit_secret)
             joined = Joined(
-                site, invite.participant, mine, part.policy, folder, journal, stopping, own, part.edits, secret
+                site, invite.participant, mine, part.policy, folder, journal, sent, stopping, own, part.edits, secret
             )
             try:
                 return attend(joined)
@@ -187,6 +196,7 @@ def own_part(
     allow: Sequence[str],
     max_local_steps: int | None,
     max_bytes: int | None,
+    limits: Mapping[str, Any],
 ) -> Part:
     """A participant's part from its file and the command line.
 
@@ -202,7 +212,7 @@ def own_part(
         changes["device"] = device
     bounds = {"max_local_steps": max_local_steps, "max_bytes": max_bytes}
     policy = {key: value for key, value in bounds.items() if value is not None}
-    return load_part(path, changes, policy, allow)
+    return load_part(path, changes, policy, allow, limits)
 
 
 def make_own_key(path: Path) -> Result:
@@ -216,7 +226,7 @@ def make_own_key(path: Path) -> Result:
     return {"key": str(path), "public": public_key(read_or_make_seed(path))}
 
 
-def _agree(asks: Asks, part: Part, invite: Invite, options: Joining, console: Console) -> None:
+def _agree(asks: Asks, part: Part, invite: Invite, options: Joining, sent: Sent, console: Console) -> None:
     """Show what the run will ask beside what the policy allows; go on if they agree, and a person does.
 
     Raises:
@@ -224,15 +234,23 @@ def _agree(asks: Asks, part: Part, invite: Invite, options: Joining, console: Co
     """
     from potluck.show import show_asks
 
-    show_asks(asks, part, invite, console)
+    show_asks(asks, part, invite, sent, console)
     found = refusals(asks, part.policy)
     if found:
         raise PolicyError(
             f"{asks.recipe} asks for more than this participant's policy allows: {'; '.join(found)}",
             "change the policy of your part (--allow, --max-local-steps, --max-bytes), or do not take part",
         )
-    if options.ask and console.input("join? [y/N] ").strip().lower() not in ("y", "yes"):
+    if options.ask and not _yes(console):
         raise PolicyError("not joined")
+
+
+def _yes(console: Console) -> bool:
+    console.print("join? [y/N] ", end="", markup=False, highlight=False)
+    try:
+        return input().strip().lower() in ("y", "yes")
+    except EOFError:  # nobody there to ask
+        return False
 
 
 def _hosted_recipe(path: Path, settings: Sequence[str], console: Console) -> Recipe:
@@ -322,7 +340,10 @@ def _invite(url: str | None, path: Path, key: Path | None) -> Invite:
     """An invite with the address and the key of the command line."""
     invite = load_invite(path)
     if url is not None:
-        invite = replace(invite, urls=(url,))
+        try:
+            invite = replace(invite, urls=(server_url(url, "tls" if invite.secure else "nats"),))
+        except ValueError as error:
+            raise InviteError(str(error)) from None
     if not invite.seed and key is None:
         raise InviteError(f"{path}: holds no key", "name the file that `potluck join --make-key` wrote: --key FILE")
     if invite.seed and key is not None:

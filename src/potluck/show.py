@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,11 +17,13 @@ from potluck.preflight import Forecast
 from potluck.records.charts import PALETTE
 from potluck.records.live import comparison_table
 from potluck.records.units import bytes_text, count_text, duration_text
+from potluck.sent import WHAT
 
 if TYPE_CHECKING:  # they load torch
     from potluck.asking import Asks
     from potluck.engine.nats.identity import Invite
     from potluck.recipe.part import Part
+    from potluck.sent import Sent
 
 
 def show_forecast(expected: Forecast) -> None:
@@ -145,7 +147,7 @@ def show_result(result: Mapping[str, Any]) -> None:
             table.add_row(name, f"{row['bits_per_byte']:.4f}", count_text(row["tokens"]))
         console.print(table)
     facts = ("run", "round", "rounds", "total_tokens", "bits_per_byte", "model", "report")
-    for key in (*facts, "participant", "ended", "tasks", "worked_seconds", "folder", "public", "key"):
+    for key in (*facts, "participant", "ended", "tasks", "worked_seconds", "sent", "folder", "public", "key"):
         if result.get(key) is not None:
             console.print(f"{key.replace('_', ' ')}: {result[key]}", markup=False)
 
@@ -165,8 +167,8 @@ def show_facts(result: Mapping[str, Any]) -> None:
             console.print(f"{label}: {', '.join(map(str, text)) if isinstance(text, list) else text}", markup=False)
 
 
-def show_asks(asks: Asks, part: Part, invite: Invite, console: Console) -> None:
-    """What a run asks of a participant, beside what the participant allows, before it joins."""
+def show_asks(asks: Asks, part: Part, invite: Invite, sent: Sent, console: Console) -> None:
+    """What a run asks of a participant, beside what the participant allows, and what will leave, before it joins."""
     policy = part.policy
     table = Table("", "the run asks", "this participant allows", box=None, pad_edge=False, title_justify="left")
     table.title = f"{invite.participant} in {asks.recipe} (run {invite.run}, {' '.join(invite.urls)})"
@@ -184,10 +186,27 @@ def show_asks(asks: Asks, part: Part, invite: Invite, console: Console) -> None:
             f"certificate {invite.fingerprint[:16]}..." if invite.fingerprint else "no pinned certificate",
             "",
         ),
-        ("text", "stays here", str(part.source.model_dump(exclude_defaults=True))),
     ):
         table.add_row(*row)
     console.print(table)
+    for line in _leaving(asks, part, sent):
+        console.print(line, markup=False, highlight=False, soft_wrap=True)
+
+
+def _leaving(asks: Asks, part: Part, sent: Sent) -> Iterator[str]:
+    """What stays and what leaves, in sentences that no table cuts."""
+    source = part.source.model_dump(exclude_defaults=True)
+    yield f"text, stays here: {', '.join(f'{key} {value}' for key, value in source.items())}"
+    yield "leaves this machine:"
+    for what in dict.fromkeys(WHAT[kind] for kind in asks.kinds):
+        yield f"  - {what}"
+    yield "  - signs of life: how much text it holds and its hash, device and versions, what it is doing"
+    if asks.message_bytes is not None:
+        yield f"  updates: at most {bytes_text(asks.message_bytes)} a round, {asks.rounds} rounds"
+    limits = part.limits.model_dump(exclude_none=True)
+    said = ", ".join(f"{key} {value:,}" for key, value in limits.items()) or "none; it stays until the run is over"
+    yield f"limits in all: {said}"
+    yield f"every answer is noted before it leaves: {sent.path.absolute()}"
 
 
 def _ways(up: int, down: int, most: str) -> str:

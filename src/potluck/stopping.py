@@ -6,11 +6,18 @@ import os
 import signal
 from types import FrameType, TracebackType
 
+RUN = "stopping after this round; once more stops at once, back at the last checkpoint"
+
 
 class Stopping:
-    """A context in which the first signal asks the run to stop after its round, and the second interrupts it."""
+    """A context in which the first signal asks the run to stop after its round, and the second interrupts it.
 
-    _requested = False
+    Args:
+        means: What is said at the first: what it and another one mean.
+    """
+
+    def __init__(self, means: str = RUN) -> None:
+        self._said, self._requested = f"\n{means}\n".encode(), False
 
     def __call__(self) -> bool:
         """Whether a stop was requested."""
@@ -31,4 +38,4 @@ class Stopping:
             raise KeyboardInterrupt
         self._requested = True
         # Not through the console: the signal may have come while that was writing.
-        os.write(2, b"\nstopping after this round; once more stops at once, back at the last checkpoint\n")
+        os.write(2, self._said)

@@ -39,7 +39,7 @@ VERBS = {
         "--json",
     ],
     "join": [
-        "[URL]",
+        "URL",
         "--invite",
         "--data",
         "--part",
@@ -48,13 +48,14 @@ VERBS = {
         "--allow",
         "--max-local-steps",
         "--max-bytes",
+        "--limit",
         "--folder",
         "--key",
         "--make-key",
         "--ask",
         "--json",
     ],
-    "status": ["[RUN]", "--invite", "--json"],
+    "status": ["RUN", "--invite", "--json"],
     "doctor": ["--invite", "--key", "--folder", "--json"],
     "evaluate": [
         "RUN_OR_MODEL",
@@ -209,7 +210,7 @@ VERBS = {
     "edit locate": ["MODEL", "--facts", "--window", "--draws", "--plot", "--seed", "--json"],
     "edit world": ["--out", "--people", "--first", "--change", "--seed", "--json"],
     "forget": [
-        "[MODEL]",
+        "MODEL",
         "--forget",
         "--retain",
         "--method",
@@ -249,6 +250,8 @@ def test_the_verbs_and_their_options() -> None:
             is_option = parameter.param_type_name == "option"
             words += [*parameter.opts, *parameter.secondary_opts] if is_option else [str(parameter.metavar)]
             assert not is_option or parameter.help, f"{name} {parameter.name}"
+            if parameter.type_descriptor.annotation is bool:
+                assert parameter.metavar == "", f"{name} {parameter.name}: a flag takes no value"
         found[name] = words
         assert command.help
     assert found == VERBS
@@ -284,6 +287,15 @@ def test_the_installed_command(words: list[str], code: int, tmp_path: Path) -> N
     done = subprocess.run([*command, *words], capture_output=True, text=True, check=False, cwd=tmp_path)
     assert done.returncode == code, done.stderr
     assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize("words", [["--help"], ["check"], ["check", "--json"]])
+def test_a_reader_that_goes_away_is_141(words: list[str], recipe_file: Path) -> None:
+    command = ["-c", "from potluck.cli import main; main()", *words, *([recipe_file] if words[0] == "check" else [])]
+    with subprocess.Popen([sys.executable, *command], stdout=subprocess.PIPE, stderr=subprocess.PIPE) as verb:
+        assert verb.stdout is not None and verb.stderr is not None
+        verb.stdout.close()
+        assert (verb.stderr.read(), verb.wait()) == (b"", 141)
 
 
 # --- exit codes --------------------------------------------------------------------------------

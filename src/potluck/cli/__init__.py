@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from typing import Annotated
 
@@ -9,9 +10,10 @@ import typer
 
 from potluck import __version__
 from potluck.cli import composing, edit, forget, runs
-from potluck.cli.options import print_json
+from potluck.cli.options import flag, print_json
 from potluck.errors import PotluckError
 
+READER_GONE = 141  # as a shell reports SIGPIPE
 app = typer.Typer(
     name="potluck",
     help="Train language models together: every participant keeps its own data.",
@@ -26,7 +28,7 @@ app.add_typer(forget.verbs)
 
 
 @app.callback(invoke_without_command=True)
-def _version(version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False) -> None:
+def _version(version: Annotated[bool, flag("--version", help="Print the version.")] = False) -> None:
     if version:
         typer.echo(__version__)
         raise typer.Exit
@@ -35,9 +37,17 @@ def _version(version: Annotated[bool, typer.Option("--version", help="Print the 
 def main() -> None:
     """Entry point: errors become one message and an exit code."""
     try:
-        app()
-    except PotluckError as error:
-        sys.exit(_failed(str(error), error.hint, error.exit_code))
+        try:
+            app()
+        except PotluckError as error:
+            sys.exit(_failed(str(error), error.hint, error.exit_code))
+        finally:
+            sys.stdout.flush()
+    except (BrokenPipeError, SystemExit) as end:
+        if not any(isinstance(cause, BrokenPipeError) for cause in (end, end.__context__)):
+            raise
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # what is still to be written
+        sys.exit(READER_GONE)
 
 
 def _failed(message: str, hint: str, code: int) -> int:

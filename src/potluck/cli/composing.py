@@ -48,8 +48,10 @@ EnergyOption = Annotated[float | None, _panel(_SETTINGS, "`svd`: share of the sq
 RidgeOption = Annotated[float | None, _panel(_SETTINGS, "`regmean`: share of the diagonal that is added.")]
 OffDiagonalOption = Annotated[float | None, _panel(_SETTINGS, "`regmean`: factor of what is off the diagonal.")]
 FloorOption = Annotated[float | None, _panel(_SETTINGS, "`fisher`: share of the mean that is added.")]
-ReweightParametersOption = Annotated[bool | None, _panel(_SETTINGS, "`lego`: centres get their cluster's norm.")]
-ReweightOutputOption = Annotated[bool | None, _panel(_SETTINGS, "`lego`: units are scaled by √(r / k).")]
+ReweightParametersOption = Annotated[
+    bool | None, _panel(_SETTINGS, "`lego`: centres get their cluster's norm.", metavar="")
+]
+ReweightOutputOption = Annotated[bool | None, _panel(_SETTINGS, "`lego`: units are scaled by √(r / k).", metavar="")]
 PowerOption = Annotated[float | None, _panel(_SETTINGS, "`delta_guided`: of a task vector's norm.")]
 StepsOption = Annotated[int | None, _panel(_SETTINGS, "`multislerp`: at most.", min=1)]
 SeedOption = Annotated[int | None, _panel(_SETTINGS, "Of what is drawn.")]

@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from potluck.cli.options import JsonOption, print_facts, progress, warn
+from potluck.cli.options import JsonOption, flag, print_facts, progress, warn
 
 edit = typer.Typer(no_args_is_help=True, help="Change what a model answers, take it back, find where it keeps facts.")
 
@@ -54,7 +54,7 @@ def apply(
     at_once: Annotated[int, typer.Option(min=0, help="Edits in one batch; 0 for all.")] = 0,
     seed: Annotated[int, typer.Option(min=0, help="Of contexts and of training.")] = 0,
     strict: Annotated[
-        bool, typer.Option("--strict", help="Write nothing, and leave with 14, if the edits had no effect or did harm.")
+        bool, flag("--strict", help="Write nothing, and leave with 14, if the edits had no effect or did harm.")
     ] = False,
     as_json: JsonOption = False,
 ) -> None:
@@ -107,7 +107,7 @@ def world(
     out: Annotated[Path, typer.Option(help="The file to write, a new one.")],
     people: Annotated[int, typer.Option(min=1, help="How many.")] = 200,
     first: Annotated[int, typer.Option(min=0, help="Leave out so many before them.")] = 0,
-    change: Annotated[bool, typer.Option("--change", help="Give each fact another value, to be edited in.")] = False,
+    change: Annotated[bool, flag("--change", help="Give each fact another value, to be edited in.")] = False,
     seed: Annotated[int, typer.Option(min=0, help="Of names, facts and new values.")] = 0,
     as_json: JsonOption = False,
 ) -> None:

@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from potluck.cli.options import JsonOption, print_result, telling
+from potluck.cli.options import JsonOption, flag, print_result, telling
 
 expert = typer.Typer(no_args_is_help=True, help="Train an expert apart, assemble what several trained, remove one.")
 
@@ -100,7 +100,7 @@ def remove(
     name: Annotated[str, typer.Argument(metavar="NAME", help="Of the expert's folder when it was trained.")],
     out: NewFolderOption,
     public: Annotated[Path | None, typer.Option(help="The text the router was tuned on, to tune it anew.")] = None,
-    untuned: Annotated[bool, typer.Option("--untuned", help="Go on with the router as before it was tuned.")] = False,
+    untuned: Annotated[bool, flag("--untuned", help="Go on with the router as before it was tuned.")] = False,
     device: DeviceOption = "auto",
     as_json: JsonOption = False,
 ) -> None:

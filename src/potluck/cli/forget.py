@@ -44,7 +44,7 @@ _EDITORS, _LOSSES, _PARTICIPANT, _RECORD = "Editors", "Losses", "A participant's
 
 @verbs.command()
 def forget(
-    model: Annotated[Path | None, typer.Argument(metavar="[MODEL]", help="A model folder; it stays as it is.")] = None,
+    model: Annotated[Path | None, typer.Argument(metavar="MODEL", help="A model folder; it stays as it is.")] = None,
     forget: Annotated[Path | None, typer.Option("--forget", help="Questions to forget: JSON lines, or edits.")] = None,
     retain: Annotated[Path | None, typer.Option(help="Questions whose answers shall stay.")] = None,
     method: Annotated[Method, typer.Option(help="Editors up to `lora`, then losses.")] = Method.grad_diff,
@@ -55,7 +55,7 @@ def forget(
     layers: Annotated[str, _panel(_EDITORS, "Whose maps are written, such as `1,2`.")] = "",
     at: Annotated[Site | None, _panel(_EDITORS, "At whose last token; the subject's if left out.")] = None,
     merge: Annotated[int, _panel(_EDITORS, "Join so many questions about one subject.", min=1)] = 1,
-    refuse: Annotated[bool, _panel(_EDITORS, "After `stranger`, edit refusals in.", "--refuse")] = False,
+    refuse: Annotated[bool, _panel(_EDITORS, "After `stranger`, edit refusals in.", "--refuse", metavar="")] = False,
     epochs: Annotated[
         int | None, _panel(_LOSSES, "Passes over what is to be forgotten; until it is, at most 10.", min=1)
     ] = None,

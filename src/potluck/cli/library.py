@@ -9,7 +9,7 @@ from typing import Annotated, Any
 
 import typer
 
-from potluck.cli.options import JsonOption, print_json, telling, warn
+from potluck.cli.options import JsonOption, flag, print_json, telling, warn
 
 library = typer.Typer(help="Keep adapters with what they are good for, find them, and route between them.")
 
@@ -56,7 +56,7 @@ def add(
         typer.Option(help="Public text, the same for all: give away how often tokens stand in yours."),
     ] = None,
     registry: RegistryOption = "",
-    replace: Annotated[bool, typer.Option("--replace", help="Take the place of another entry of this name.")] = False,
+    replace: Annotated[bool, flag("--replace", help="Take the place of another entry of this name.")] = False,
     as_json: JsonOption = False,
 ) -> None:
     """Put an adapter into a library, with a specification of its text; the first entry begins the library."""
@@ -77,7 +77,7 @@ def search(
     place: LibraryArgument,
     base: BaseOption,
     data: TextOption,
-    mixture: Annotated[bool, typer.Option("--mixture", help="Which entries the text is mixed of, and how.")] = False,
+    mixture: Annotated[bool, flag("--mixture", help="Which entries the text is mixed of, and how.")] = False,
     top: Annotated[int, typer.Option(min=1, help="So many entries, at most.")] = 5,
     registry: RegistryOption = "",
     as_json: JsonOption = False,

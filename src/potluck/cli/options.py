@@ -7,21 +7,29 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
 import typer
 
 if TYPE_CHECKING:
     from rich.console import Console
 
+T = TypeVar("T")
+
+
+def flag(*names: str, help: str) -> Any:
+    """An option that is there or not: it takes no value."""
+    return typer.Option(*names, metavar="", help=help)
+
+
 RecipeArgument = Annotated[Path, typer.Argument(metavar="RECIPE", help="The recipe, a TOML file.")]
 RunArgument = Annotated[Path, typer.Argument(metavar="RUN", help="A run folder.")]
 SetOption = Annotated[
     list[str] | None, typer.Option("--set", metavar="SECTION.KEY=VALUE", help="Change one key of the recipe.")
 ]
-JsonOption = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
+JsonOption = Annotated[bool, flag("--json", help="Print the result as JSON.")]
 RoundOption = Annotated[int | None, typer.Option("--round", help="Use the checkpoint of this round, not the newest.")]
-BestOption = Annotated[bool, typer.Option("--best", help="Use the checkpoint with the lowest held-out loss.")]
+BestOption = Annotated[bool, flag("--best", help="Use the checkpoint with the lowest held-out loss.")]
 
 
 def progress() -> Console:
@@ -39,15 +47,7 @@ def telling() -> Iterator[Callable[[str], None]]:
         yield status.update if console.is_terminal else partial(console.print, soft_wrap=True, highlight=False)
 
 
-def address_of(text: str, option: str) -> tuple[str, int]:
-    """``HOST:PORT`` of an option."""
-    host, colon, port = text.rpartition(":")
-    if not colon or not port.isdigit() or not 0 < int(port) < 65536:
-        raise typer.BadParameter(f"{text}: write HOST:PORT", param_hint=option)
-    return host.strip("[]"), int(port)
-
-
-def parsed(parse: Callable[[str], float], text: str, option: str) -> float:
+def parsed(parse: Callable[[str], T], text: str, option: str) -> T:
     """An option read by a function that raises ValueError."""
     try:
         return parse(text)

@@ -27,7 +27,7 @@ from potluck.cli.options import (
     RoundOption,
     RunArgument,
     SetOption,
-    address_of,
+    flag,
     parsed,
     print_facts,
     print_json,
@@ -109,7 +109,7 @@ def resume(run: RunArgument, number: RoundOption = None, as_json: JsonOption = F
 def compare(
     recipe: RecipeArgument,
     settings: SetOption = None,
-    pooled: Annotated[bool, typer.Option(help="Also train on everybody's text in one place.")] = True,
+    pooled: Annotated[bool, flag(help="Also train on everybody's text in one place.")] = True,
     as_json: JsonOption = False,
 ) -> None:
     """Train together, each participant alone, and pooled; compare on everybody's held-out text."""
@@ -136,19 +136,21 @@ def host(
     rotate: Annotated[
         list[str] | None, typer.Option(metavar="NAME", help="Make a new key for a participant, or a new `certificate`.")
     ] = None,
-    insecure_loopback: Annotated[
-        bool, typer.Option("--insecure-loopback", help="No TLS; only on this machine.")
-    ] = False,
+    insecure_loopback: Annotated[bool, flag("--insecure-loopback", help="No TLS; only on this machine.")] = False,
     as_json: JsonOption = False,
 ) -> None:
     """Coordinate a run whose participants join from machines of their own; started again, go on with it."""
+    from potluck.engine.nats.addresses import server_url, split_address
     from potluck.engine.nats.premises import Place
     from potluck.machines import Hosting
     from potluck.machines import host as run
 
-    address, port = address_of(listen, "--listen")
+    address, port = parsed(split_address, listen, "--listen")
     if insecure_loopback and address == "0.0.0.0":
         address = "127.0.0.1"
+    for option, texts in (("--advertise", advertise or ()), ("--server", [server] if server else ())):
+        for text in texts:
+            parsed(lambda text: server_url(text, "tls"), text, option)
     place = Place(
         host=address, port=port, advertised=tuple(advertise or ()), secure=not insecure_loopback, url=server or "",
         certificate=certificate,
@@ -161,7 +163,7 @@ def host(
 @verbs.command()
 def join(
     url: Annotated[
-        str | None, typer.Argument(metavar="[URL]", help="The server; that of the invite if left out.")
+        str | None, typer.Argument(metavar="URL", help="The server; that of the invite if left out.")
     ] = None,
     invite: Annotated[Path | None, typer.Option(help="The invite, a secret.")] = None,
     data: Annotated[Path | None, typer.Option(help="A folder of text files: this participant's text.")] = None,
@@ -171,10 +173,13 @@ def join(
     allow: Annotated[list[str] | None, typer.Option(help="Allow this kind of task, too.")] = None,
     max_local_steps: Annotated[int | None, typer.Option(min=1, help="Local steps in one task, at most.")] = None,
     max_bytes: Annotated[int | None, typer.Option(min=1, help="Tensors of one message, at most.")] = None,
+    limit: Annotated[
+        list[str] | None, typer.Option(metavar="KEY=NUMBER", help="Leave after so many `rounds`, `hours` or `bytes`.")
+    ] = None,
     folder: Annotated[Path | None, typer.Option(help="Where its state is kept; `joined/...` if left out.")] = None,
     key: Annotated[Path | None, typer.Option(help="Own key file, if the invite holds none.")] = None,
     make_key: Annotated[Path | None, typer.Option(help="Make a key, print its public half, and leave.")] = None,
-    ask: Annotated[bool, typer.Option("--ask", help="Ask before joining.")] = False,
+    ask: Annotated[bool, flag("--ask", help="Ask before joining.")] = False,
     as_json: JsonOption = False,
 ) -> None:
     """Take part in a run with one's own text, which stays here; dial out to one port only."""
@@ -186,14 +191,15 @@ def join(
         return
     if invite is None:
         raise typer.BadParameter("must be given", param_hint="--invite")
-    mine = own_part(part, data, model, device, allow or (), max_local_steps, max_bytes)
+    limits = dict(item.partition("=")[::2] for item in limit or ())
+    mine = own_part(part, data, model, device, allow or (), max_local_steps, max_bytes, limits)
     print_result(run(url, invite, mine, Joining(folder=folder, key=key, ask=ask), progress()), as_json)
 
 
 @verbs.command()
 def status(
     run: Annotated[
-        Path | None, typer.Argument(metavar="[RUN]", help="A run folder on the coordinator's machine.")
+        Path | None, typer.Argument(metavar="RUN", help="A run folder on the coordinator's machine.")
     ] = None,
     invite: Annotated[Path | None, typer.Option(help="The watcher's invite, elsewhere.")] = None,
     as_json: JsonOption = False,
@@ -286,7 +292,7 @@ def generate(
     temperature: Annotated[float | None, typer.Option(min=0.0, help=_TEMPERATURE)] = None,
     top_p: Annotated[float | None, typer.Option(min=0.01, max=1.0, help=_TOP_P)] = None,
     seed: Annotated[int, typer.Option(min=0, help="The same seed gives the same text.")] = 0,
-    raw: Annotated[bool, typer.Option("--raw", help=_RAW)] = False,
+    raw: Annotated[bool, flag("--raw", help=_RAW)] = False,
     assistant: AssistantOption = None,
     rule: RuleOption = None,
     deferral: DeferralOption = None,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import tomllib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, Literal
 
 from pydantic import ValidationError, model_validator
@@ -35,6 +36,16 @@ class Policy(Table):
     max_parameters: int = setting(4_000_000_000, "Size of the model, at most.", unit="parameters", ge=1)
 
 
+class Limits(Table):
+    """How much of a run this participant takes part in, all sessions together; then it says goodbye and leaves."""
+
+    rounds: int | None = setting(None, "Rounds that it trains in.", unit="rounds", ge=1)
+    hours: float | None = setting(
+        None, "How long it is there; the task under way is finished first.", unit="hours", gt=0
+    )
+    bytes: int | None = setting(None, "Bytes of all its answers; one that goes beyond stays here.", unit="bytes", ge=1)
+
+
 class Part(Table):
     """One participant's own part of a run."""
 
@@ -53,6 +64,7 @@ class Part(Table):
     device: str = setting("auto", "`auto`, `cpu`, `cuda` or `cuda:N`.", pattern=r"^(auto|cpu|cuda(:[0-9]+)?)$")
     threads: int = setting(0, "CPU threads; 0 leaves the choice to torch.", unit="threads", ge=0)
     policy: Policy = setting(Policy(), "What the coordinator may ask.")
+    limits: Limits = setting(Limits(), "How much in all; left out: until the run is over.")
 
     @model_validator(mode="after")
     def _predicts(self) -> Part:
@@ -67,12 +79,18 @@ class Part(Table):
         return self
 
 
-def load_part(path: Path | None, changes: Mapping[str, Any], policy: Mapping[str, Any], allow: Sequence[str]) -> Part:
+def load_part(
+    path: Path | None,
+    changes: Mapping[str, Any],
+    policy: Mapping[str, Any],
+    allow: Sequence[str],
+    limits: Mapping[str, Any] = MappingProxyType({}),
+) -> Part:
     """Read a participant's part, and put what the command line says over it.
 
     Args:
         path: TOML file; its paths are relative to it. ``None`` begins with nothing.
-        changes, policy: Keys of the part and of its policy, as in the file.
+        changes, policy, limits: Keys of the part, of its policy and of its limits, as in the file.
         allow: Kinds of tasks beside those that the policy allows already.
 
     Raises:
@@ -81,19 +99,29 @@ def load_part(path: Path | None, changes: Mapping[str, Any], policy: Mapping[str
     raw: dict[str, Any] = {}
     if path is not None:
         try:
-            raw = absolute_paths(tomllib.loads(path.read_text(encoding="utf-8")), path.parent)
+            raw = tomllib.loads(path.read_text(encoding="utf-8"))
         except FileNotFoundError:
             raise RecipeError(f"{path}: there is no such file") from None
         except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
             raise RecipeError(f"{path}: cannot be read ({error})") from None
+        raw = absolute_paths(raw, path.parent)
+        if isinstance(raw.get("model"), str):  # in a recipe it is a table
+            raw["model"] = str((path.parent / Path(raw["model"]).expanduser()).absolute())
     written = raw.get("policy", {})
     if isinstance(written, dict):  # else the model says what is wrong
         written = {**written, **policy}
         if allow:
             written["kinds"] = [*written.get("kinds", Policy().kinds), *allow]
+    bounds = raw.get("limits", {})
+    if isinstance(bounds, dict):
+        bounds = {**bounds, **limits}
+    whole = {**raw, **changes, "policy": written, "limits": bounds}
+    if "source" not in whole:
+        where = "--data or --part" if path is None else f"{path}: source"
+        raise RecipeError(f"{where}: must be given: nothing names your text", "--data FOLDER takes every file in it")
     try:
-        return Part.model_validate({**raw, **changes, "policy": written})
+        return Part.model_validate(whole)
     except ValidationError as error:
         faults = "; ".join(explain(fault, Part) for fault in error.errors(include_url=False))
-        where = path or "what this participant brings"
+        where = str(path or "what this participant brings")
         raise RecipeError(f"{where}: {faults}", "docs/reference/recipe.md lists every key of a part") from None

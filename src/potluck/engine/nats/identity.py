@@ -26,6 +26,7 @@ from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import NameOID
 
+from potluck.engine.nats.addresses import server_url
 from potluck.errors import InviteError
 from potluck.files import storing
 
@@ -201,6 +202,11 @@ def load_invite(path: Path) -> Invite:
         raise InviteError(f"{path}: not an invite ({error})") from None
     if not all(isinstance(text, str) for text in texts) or not is_public_key(invite.coordinator) or not invite.urls:
         raise InviteError(f"{path}: not an invite: it is damaged")
+    try:
+        for url in invite.urls:
+            server_url(url, "tls")
+    except ValueError as error:
+        raise InviteError(f"{path}: not an invite: {error}") from None
     if not (_NAME.fullmatch(invite.participant) and _NAME.fullmatch(invite.recipe) and _RUN.fullmatch(invite.run)):
         raise InviteError(f"{path}: not an invite: its names are none")
     if invite.certificate and fingerprint(invite.certificate) != invite.fingerprint:

@@ -17,6 +17,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from urllib.parse import urlsplit
 
+from potluck.engine.nats.addresses import server_url
 from potluck.engine.nats.connection import Access
 from potluck.engine.nats.identity import (
     Invite,
@@ -60,11 +61,11 @@ class Place:
     @property
     def urls(self) -> tuple[str, ...]:
         """What participants dial."""
-        if self.url:
-            return (self.url,)
         scheme = "tls" if self.secure else "nats"
+        if self.url:
+            return (server_url(self.url, scheme),)
         hosts = self.advertised or (self.host if self.host not in ("0.0.0.0", "::") else "127.0.0.1",)
-        return tuple(f"{scheme}://{host if ':' in host else f'{host}:{self.port}'}" for host in hosts)
+        return tuple(server_url(host, scheme, self.port) for host in hosts)
 
 
 @dataclass(frozen=True)

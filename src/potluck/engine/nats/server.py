@@ -14,6 +14,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
+from potluck.engine.nats.addresses import join_address
 from potluck.engine.nats.identity import write_secret
 from potluck.engine.nats.subjects import Permissions
 from potluck.errors import EngineError, MissingExtra
@@ -62,7 +63,7 @@ def server_config(settings: ServerSettings) -> str:
         else ""
     )
     return (
-        f'server_name: "potluck"\nlisten: "{settings.host}:{settings.port}"\n'
+        f'server_name: "potluck"\nlisten: "{join_address(settings.host, settings.port)}"\n'
         f'log_file: "{folder / "server.log"}"\nlogfile_size_limit: 10MB\nlogtime_utc: true\n'
         f"max_payload: 1MB\nmax_control_line: 4KB\nmax_connections: {8 * len(settings.users) + 32}\n"
         f'max_subscriptions: 64\nmax_pending: 64MB\nwrite_deadline: "20s"\nping_interval: "10s"\nping_max: 2\n'

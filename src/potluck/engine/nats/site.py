@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import threading
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
@@ -18,6 +19,7 @@ from potluck.errors import AlreadyServed, EngineError, PotluckError
 from potluck.recipe.engine import Nats
 
 MAX_VOCABULARY_BYTES = 1 << 27
+Leaving = Callable[[str, Contribution | None, int, str], None]
 
 
 @dataclass(frozen=True)
@@ -67,6 +69,8 @@ class Site:
         told: Told what a person should know, in words for a log.
         session: Of the folder with the participant's state, see `potluck.engine.nats.claim`.
         stop: Whether to wait no longer for another process to be gone.
+        leaving: Told of each answer before its first byte goes: task, contribution, bytes, and SHA-256 of the tensors
+            or, without any, of the message. What it raises keeps the answer here.
 
     Raises:
         AlreadyServed: Another process serves under this name.
@@ -80,7 +84,9 @@ class Site:
         told: Callable[[str], None],
         session: str = "",
         stop: Callable[[], bool] = lambda: False,
+        leaving: Leaving = lambda task, contribution, size, digest: None,
     ) -> None:
+        self._leaving = leaving
         self.post, self.name, self._settings, self._told = post, name, settings, told
         self._said: dict[str, Any] = {}
         self._claim = Claim(post.connection, post.names, name, session, settings.silence)
@@ -157,17 +163,21 @@ class Site:
         Raises:
             StorageError: The server's store stayed full.
             EngineError: The server did not come back before ``give_up``.
+            PolicyError: It may not leave.
         """
         post = self.post
         facts: dict[str, Any] = {"run": post.names.run, "task": name, "from": self.name}
         if contribution is None:
             frame = signed(post.seed, {**facts, "status": "failed", "reason": reason})
+            self._leaving(name, None, len(frame), hashlib.sha256(frame).hexdigest())
         else:
             packed: Packed = post.codec.pack(contribution)
             payload = packed.fields.get("payload")
             inline = packed.size <= self._settings.inline_bytes
             facts |= {"status": "ok", "message": packed.fields}
             frame = signed(post.seed, facts, b"".join(packed.parts) if inline else b"")
+            digest = payload["sha256"] if payload else hashlib.sha256(frame).hexdigest()
+            self._leaving(name, contribution, len(frame) + (0 if inline else packed.size), digest)
         post.connection.store(post.names.reply(self.name), frame, patience=600.0)
         if contribution is not None and payload and not inline:  # the coordinator fetches it as it comes
             post.blobs.put(self.name, payload["sha256"], packed.parts, give_up)
