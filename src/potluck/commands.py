@@ -52,6 +52,7 @@ from potluck.records.report import write_report
 from potluck.rounds.evaluation import held_out, union_of
 from potluck.run import best_round, check_identity, finished, history, newest_checkpoint
 from potluck.stopping import RUN, Stopping
+from potluck.terminal import labelled, warn
 
 Result = dict[str, Any]
 
@@ -233,8 +234,7 @@ def _checked_recipe(path: Path, settings: Sequence[str], console: Console) -> Re
     if isinstance(recipe.engine, Nats):
         hint = f"`potluck host {path}` coordinates it; or --set engine.kind=inprocess"
         raise RecipeError(f"{path}: its participants are on machines of their own", hint)
-    for warning in forecast(recipe).warnings:
-        console.print(f"[yellow]warning:[/] {warning}", highlight=False)
+    warn(forecast(recipe).warnings, console)
     return recipe
 
 
@@ -305,9 +305,7 @@ def _run(
     checkpoint = newest_checkpoint(planned.folder, number)
     past = history(planned.folder, checkpoint)
     if past and past[0]["environment"] != environment(workplace.network):
-        console.print(
-            "[yellow]warning:[/] versions, device or threads changed: the last bits may differ", highlight=False
-        )
+        warn(["versions, device or threads changed: the last bits may differ"], console)
     with view(console, planned.recipe.name, prefix, past) as listener:
         run = embedded_run(workplace, planned.variant, planned.folder, planned.recipe, (listener,), checkpoint)
         del checkpoint, past  # the run has copied what it needs
@@ -399,5 +397,5 @@ def _report(folder: Path, console: Console) -> str | None:
     try:
         return str(write_report(folder))
     except MissingExtra as missing:
-        console.print(f"[yellow]no report:[/] {missing}; {missing.hint}", highlight=False)
+        labelled(console, "no report", "yellow", f"{missing}; {missing.hint}")
         return None

@@ -13,8 +13,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
-from rich.console import Console
-from rich.table import Table
+from rich.text import Text
 
 from potluck.engine.nats.bulk import Bulk
 from potluck.engine.nats.connection import Access, Connection, access_of
@@ -24,6 +23,7 @@ from potluck.engine.nats.members import Members
 from potluck.engine.nats.premises import WATCHER
 from potluck.engine.nats.subjects import CHUNK_BYTES, COORDINATOR, Names
 from potluck.errors import EngineError, InviteError, PotluckError, Refused
+from potluck.terminal import results, table
 
 Found = dict[str, Any]
 _BANDWIDTH_CHUNKS = 8
@@ -69,17 +69,17 @@ def run_status(folder: Path | None, invite_path: Path | None) -> Found:
 def show_status(found: Found) -> None:
     """A run's status as a table."""
     progress = found["coordinator"]
-    console = Console(highlight=False)
+    console = results()
     where = f"round {progress['round']} of {progress.get('rounds', '?')}" if "round" in progress else "not begun"
     console.print(f"{found['recipe']} (run {found['run']}): {where}, last event {progress.get('event', 'none')}")
-    table = Table("participant", "presence", "task", "worked", "text", "device", box=None)
+    shown = table("participant", "presence", "task", "worked", "text", "device")
     for name, facts in found["participants"].items():
         holding, machine = facts.get("holding") or {}, facts.get("environment") or {}
         tokens = f"{holding['train_tokens']:,} tokens" if "train_tokens" in holding else ""
         worked = f"{facts['worked_seconds']:.0f} s" if "worked_seconds" in facts else ""
         row = (name, facts["presence"], facts.get("task", ""), worked, tokens, machine.get("device", ""))
-        table.add_row(*map(str, row))
-    console.print(table)
+        shown.add_row(*map(str, row))
+    console.print(shown)
 
 
 def examine_access(invite_path: Path, key: Path | None, folder: Path) -> Found:
@@ -116,12 +116,12 @@ def examine_access(invite_path: Path, key: Path | None, folder: Path) -> Found:
 
 def show_findings(found: Found) -> None:
     """What the doctor found, one line each."""
-    console = Console(highlight=False)
+    console = results()
     for finding in found["findings"]:
-        mark = "[green]ok[/]  " if finding["ok"] else "[red]NOT[/] "
-        console.print(f"{mark} {finding['test']}: {finding['found']}", soft_wrap=True)
+        mark = ("ok  ", "green") if finding["ok"] else ("NOT ", "red")
+        console.print(Text.assemble(mark, f" {finding['test']}: {finding['found']}"))
         if finding["hint"]:
-            console.print(f"     [dim]{finding['hint']}[/]", soft_wrap=True)
+            console.print(f"     {finding['hint']}", style="dim")
 
 
 def _progress(data: bytes) -> dict[str, Any]:

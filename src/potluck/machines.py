@@ -37,6 +37,7 @@ from potluck.records.live import view
 from potluck.run import Run, finished, history, newest_checkpoint
 from potluck.sent import Sent
 from potluck.stopping import Stopping
+from potluck.terminal import agreed, warn
 from potluck.updates import codec
 
 Result = dict[str, Any]
@@ -70,7 +71,7 @@ def host(recipe_path: Path, settings: Sequence[str], hosting: Hosting, console: 
     folder = run_folder(recipe)
     with locked(folder):
         _same_or_new(folder, recipe)
-        journal = Journal(folder / "host" / "host.log", lambda text: console.print(text, highlight=False, markup=False))
+        journal = Journal(folder / "host" / "host.log", lambda text: console.print(text))
         premises = open_premises(
             folder / "host", recipe.name, recipe.participant_names, hosting.place, hosting.own_keys, hosting.rotate
         )
@@ -147,7 +148,7 @@ def join(url: str | None, invite_path: Path, part: Part, options: Joining, conso
     with locked(folder), closing(Sent(folder / "sent.jsonl", part.limits)) as sent:
         if why := sent.over("the next"):
             raise PolicyError(why, "raise limits of your part, or --limit, to take part again")
-        journal = Journal(folder / "join.log", lambda text: console.print(text, highlight=False, markup=False))
+        journal = Journal(folder / "join.log", lambda text: console.print(text))
         access = access_of(invite)
         with (
             _connected(access, journal) as connection,
@@ -241,16 +242,8 @@ def _agree(asks: Asks, part: Part, invite: Invite, options: Joining, sent: Sent,
             f"{asks.recipe} asks for more than this participant's policy allows: {'; '.join(found)}",
             "change the policy of your part (--allow, --max-local-steps, --max-bytes), or do not take part",
         )
-    if options.ask and not _yes(console):
+    if options.ask and not agreed(console, "join?"):
         raise PolicyError("not joined")
-
-
-def _yes(console: Console) -> bool:
-    console.print("join? [y/N] ", end="", markup=False, highlight=False)
-    try:
-        return input().strip().lower() in ("y", "yes")
-    except EOFError:  # nobody there to ask
-        return False
 
 
 def _hosted_recipe(path: Path, settings: Sequence[str], console: Console) -> Recipe:
@@ -258,8 +251,7 @@ def _hosted_recipe(path: Path, settings: Sequence[str], console: Console) -> Rec
     recipe = load_recipe(path, [*settings, "engine={kind='nats'}"])
     bare = tuple(p.model_copy(update={"source": None, "profile": None, "edits": None}) for p in recipe.participants)
     recipe = recipe.model_copy(update={"participants": bare})
-    for warning in forecast(recipe).warnings:
-        console.print(f"[yellow]warning:[/] {warning}", highlight=False)
+    warn(forecast(recipe).warnings, console)
     return recipe
 
 
@@ -329,11 +321,11 @@ def _connected(access: Access, journal: Callable[[str], None]) -> Iterator[Conne
 def _tell_how_to_join(premises: Premises, recipe: Recipe, console: Console) -> None:
     kinds = [*(["words"] if recipe.tokenizer.kind == "bpe" else []), *(EDITING if recipe.editing else [])]
     allow = "".join(f" --allow {kind}" for kind in kinds)
-    console.print(f"server: {' '.join(premises.place.urls)}   run: {premises.names.run}", highlight=False)
-    console.print("send each participant its invite (a secret), and this line:", highlight=False)
+    console.print(f"server: {' '.join(premises.place.urls)}   run: {premises.names.run}")
+    console.print("send each participant its invite (a secret), and this line:")
     for path in premises.invites.values():
         line = f"  potluck join {premises.place.urls[0]} --invite {path} --data FOLDER{allow}"
-        console.print(line, highlight=False, soft_wrap=True)
+        console.print(line)
 
 
 def _invite(url: str | None, path: Path, key: Path | None) -> Invite:

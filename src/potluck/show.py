@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import tomli_w
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from potluck.errors import MissingExtra, StorageError
 from potluck.measured import PARAMETERS, WHERE
@@ -18,6 +19,7 @@ from potluck.records.charts import PALETTE
 from potluck.records.live import comparison_table
 from potluck.records.units import bytes_text, count_text, duration_text
 from potluck.sent import WHAT
+from potluck.terminal import labelled, results, table, warn
 
 if TYPE_CHECKING:  # they load torch
     from potluck.asking import Asks
@@ -59,22 +61,21 @@ def show_forecast(expected: Forecast) -> None:
         *in_all,
         ("epochs", "unknown" if expected.epochs is None else f"about {expected.epochs:.1f} over the least text"),
     ]
-    facts = Table(show_header=False, box=None)
+    facts = table("", "", show_header=False)
     for name, value in rows:
-        facts.add_row(f"[dim]{name}[/]", value)
-    texts = Table("participant", "text", box=None, title="Text found", title_justify="left")
+        facts.add_row(Text(name, style="dim"), value)
+    texts = table("participant", "text", title="Text found")
     for name, size in expected.text_bytes.items():
         texts.add_row(name, "known once read" if size is None else bytes_text(size))
-    console = Console(highlight=False)
+    console = results()
     console.print(texts, facts, sep="\n")
-    for warning in expected.warnings:
-        console.print(f"[yellow]warning:[/] {warning}")
-    console.print("[green]ok[/]")
+    warn(expected.warnings, console)
+    console.print("ok", style="green")
 
 
 def show_plan(plan: Plan) -> None:
     """Every setting in a grid of codecs and local steps, and the one to take."""
-    console = Console(highlight=False, soft_wrap=True)
+    console = results()
     periods = sorted({setting.period for setting in plan.settings})
     sizes, grid = _table("codec", "up", "down"), _table("codec", "P, τ", *(f"H {period}" for period in periods))
     places = {(setting.codec, _layout(setting), setting.period): setting for setting in plan.settings}
@@ -84,14 +85,12 @@ def show_plan(plan: Plan) -> None:
         if layout == "1, 0":
             blocking = next(setting for setting in row if setting)
             sizes.add_row(codec, bytes_text(blocking.up_bytes), bytes_text(blocking.down_bytes))
-    console.print(sizes, "", grid, "", f"[dim]{_LEGEND}[/]", "", sep="\n")
-    for words, setting in (("the recipe as it is", plan.current), ("[bold]to take[/]", plan.choice)):
-        console.print(f"{words}: {'nothing that was measured' if setting is None else _in_words(setting)}")
-    console.print(f"why: {plan.reason}\n\n{tomli_w.dumps(plan.tables)}", markup=False)
-    console.print(
-        f"[yellow]Quality is not predicted.[/] What was measured ({WHERE}) is of {count_text(PARAMETERS)} parameters "
-        "and plain averaging: try it on your model."
-    )
+    console.print(sizes, "", grid, "", Text(_LEGEND, style="dim"), "", sep="\n")
+    for words, style, setting in (("the recipe as it is", "", plan.current), ("to take", "bold", plan.choice)):
+        labelled(console, words, style, "nothing that was measured" if setting is None else _in_words(setting))
+    console.print(f"why: {plan.reason}\n\n{tomli_w.dumps(plan.tables)}")
+    measured = f"what was measured ({WHERE}) is of {count_text(PARAMETERS)} parameters"
+    labelled(console, "Quality is not predicted", "yellow", f"{measured} and plain averaging; try it on your model")
 
 
 def _in_words(setting: Setting) -> str:
@@ -138,40 +137,40 @@ def draw_plan(plan: Plan, path: Path) -> None:
 
 def show_result(result: Mapping[str, Any]) -> None:
     """A verb's result: tables where there are some, then the plain facts."""
-    console = Console(highlight=False, soft_wrap=True)
+    console = results()
     if "rows" in result:
         console.print(comparison_table(result))  # type: ignore[arg-type]
     if "participants" in result:
-        table = Table("held-out text", "bits per byte", "tokens", title_justify="left")
+        shown = table("held-out text", "bits per byte", "tokens")
         for name, row in (*result["participants"].items(), ("union", result["union"])):
-            table.add_row(name, f"{row['bits_per_byte']:.4f}", count_text(row["tokens"]))
-        console.print(table)
+            shown.add_row(name, f"{row['bits_per_byte']:.4f}", count_text(row["tokens"]))
+        console.print(shown)
     facts = ("run", "round", "rounds", "total_tokens", "bits_per_byte", "model", "report")
     for key in (*facts, "participant", "ended", "tasks", "worked_seconds", "sent", "folder", "public", "key"):
         if result.get(key) is not None:
-            console.print(f"{key.replace('_', ' ')}: {result[key]}", markup=False)
+            console.print(f"{key.replace('_', ' ')}: {result[key]}")
 
 
 def show_facts(result: Mapping[str, Any]) -> None:
     """A result of figures: each on a line, and of nested ones a table."""
-    console = Console(highlight=False, soft_wrap=True)
+    console = results()
     for key, value in result.items():
         label = key.replace("_", " ")
         if isinstance(value, Mapping):
-            table = Table(label, *map(str, range(len(next(iter(value.values()))))), title_justify="left")
+            shown = table(label, *map(str, range(len(next(iter(value.values()))))))
             for name, row in value.items():
-                table.add_row(name, *(f"{number:.2f}" for number in row))
-            console.print(table)
+                shown.add_row(name, *(f"{number:.2f}" for number in row))
+            console.print(shown)
         elif value is not None:
             text = f"{value:.4g}" if isinstance(value, float) else value
-            console.print(f"{label}: {', '.join(map(str, text)) if isinstance(text, list) else text}", markup=False)
+            console.print(f"{label}: {', '.join(map(str, text)) if isinstance(text, list) else text}")
 
 
 def show_asks(asks: Asks, part: Part, invite: Invite, sent: Sent, console: Console) -> None:
     """What a run asks of a participant, beside what the participant allows, and what will leave, before it joins."""
     policy = part.policy
-    table = Table("", "the run asks", "this participant allows", box=None, pad_edge=False, title_justify="left")
-    table.title = f"{invite.participant} in {asks.recipe} (run {invite.run}, {' '.join(invite.urls)})"
+    shown = table("", "the run asks", "this participant allows")
+    shown.title = f"{invite.participant} in {asks.recipe} (run {invite.run}, {' '.join(invite.urls)})"
     parameters = "known once it begins" if asks.parameters is None else count_text(asks.parameters)
     message = "known once it begins" if asks.message_bytes is None else bytes_text(asks.message_bytes)
     for row in (
@@ -187,10 +186,10 @@ def show_asks(asks: Asks, part: Part, invite: Invite, sent: Sent, console: Conso
             "",
         ),
     ):
-        table.add_row(*row)
-    console.print(table)
+        shown.add_row(*row)
+    console.print(shown)
     for line in _leaving(asks, part, sent):
-        console.print(line, markup=False, highlight=False, soft_wrap=True)
+        console.print(line)
 
 
 def _leaving(asks: Asks, part: Part, sent: Sent) -> Iterator[str]:
@@ -236,10 +235,10 @@ def _draw_layout(axes: Any, plan: Plan, layout: str) -> None:
 
 
 def _table(*names: str) -> Table:
-    table = Table(box=None, pad_edge=False)
-    for place, name in enumerate(names):
-        table.add_column(name, justify="right" if place else "left", no_wrap=place < 2, overflow="fold")
-    return table
+    made = table(*names)
+    for place, column in enumerate(made.columns):
+        column.justify, column.no_wrap = "right" if place else "left", place < 2
+    return made
 
 
 def _layout(setting: Setting) -> str:
@@ -248,9 +247,9 @@ def _layout(setting: Setting) -> str:
     return f"{setting.fragments}, {'all' if eager else setting.overlap}"
 
 
-def _cell(setting: Setting, plan: Plan) -> str:
+def _cell(setting: Setting, plan: Plan) -> Text:
     style = "green" if setting.utilisation >= ENOUGH else "default"
     style += " bold reverse" if setting == plan.choice else " underline" if setting == plan.current else ""
     share = f"{duration_text(setting.round_seconds)} {setting.utilisation:.0%}"
     mark = {True: "*", False: "!", None: " "}[setting.near]
-    return f"[{style}]{share}[/]{mark}\n{duration_text(setting.total_seconds)} "
+    return Text.assemble((share, style), f"{mark}\n{duration_text(setting.total_seconds)} ")

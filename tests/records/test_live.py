@@ -6,12 +6,12 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from rich.console import Console
 
 from potluck.records.curves import read_comparison, summary_table
 from potluck.records.events import read_events
 from potluck.records.live import comparison_table, view
 from potluck.records.units import bytes_text, count_text, duration_text, one_line
+from potluck.terminal import results
 
 
 @pytest.mark.parametrize(
@@ -30,7 +30,7 @@ def test_figures(text: str, expected: str) -> None:
 
 def test_plain_lines(tmp_path: Path, make_run: Callable[..., None]) -> None:
     stream = io.StringIO()
-    with view(Console(file=stream, force_terminal=False, width=40), "demo", prefix="try") as shown:
+    with view(results(file=stream, force_terminal=False, width=40), "demo", prefix="try") as shown:
         make_run(tmp_path / "run", listeners=(shown,))
     lines = stream.getvalue().splitlines()
     assert all(re.match(r"\d\d:\d\d:\d\d  try  ", line) for line in lines)
@@ -48,14 +48,14 @@ def test_plain_lines(tmp_path: Path, make_run: Callable[..., None]) -> None:
 
 def test_plain_lines_of_an_interrupted_and_resumed_run(tmp_path: Path, make_run: Callable[..., None]) -> None:
     first = io.StringIO()
-    with view(Console(file=first)) as shown:
+    with view(results(file=first)) as shown:
         make_run(tmp_path / "run", finish=False, listeners=(shown,))
     assert [line[10:] for line in first.getvalue().splitlines()][-2:] == [
         "round 3/4  3/3 ok  loss 2.90  10.1k tokens/s  sent up 32 MB down 36 MB  left 6.4s",
         "interrupted after round 3/4",
     ]
     second = io.StringIO()
-    with view(Console(file=second), history=read_events(tmp_path / "run" / "events.jsonl")) as shown:
+    with view(results(file=second), history=read_events(tmp_path / "run" / "events.jsonl")) as shown:
         shown({"event": "run_resumed", "time": "2026-01-01T00:00:00+00:00", "round": 3})
         shown({"event": "contribution", "time": "2026-01-01T00:00:00+00:00", "round": 4, "participant": "pip",
                "status": "rejected", "reason": "", "down_bytes": 1, "up_bytes": 1, "seconds": 1.0})  # fmt: skip
@@ -69,7 +69,7 @@ def test_plain_lines_of_an_interrupted_and_resumed_run(tmp_path: Path, make_run:
 
 def test_terminal_view(tmp_path: Path, make_run: Callable[..., None]) -> None:
     stream = io.StringIO()
-    console = Console(file=stream, force_terminal=True, width=110, height=40, record=True)
+    console = results(file=stream, force_terminal=True, width=110, height=40, record=True)
     with view(console, "demo") as shown:
         make_run(tmp_path / "run", listeners=(shown,))
     text = console.export_text()
@@ -84,14 +84,14 @@ def test_terminal_view(tmp_path: Path, make_run: Callable[..., None]) -> None:
 
 
 def test_terminal_view_with_a_prefix_leaves_one_line(tmp_path: Path, make_run: Callable[..., None]) -> None:
-    console = Console(file=io.StringIO(), force_terminal=True, width=80, height=24, record=True)
+    console = results(file=io.StringIO(), force_terminal=True, width=80, height=24, record=True)
     with view(console, "demo", prefix="alone pip") as shown:
         make_run(tmp_path / "run", "alone", ("pip",), listeners=(shown,))
     assert "alone pip  finished  4 rounds  81.9k tokens  40s  held-out 2.60 bits/byte" in console.export_text()
 
 
 def test_comparison_table(comparison_folder: Path) -> None:
-    console = Console(file=io.StringIO(), width=100, record=True)
+    console = results(file=io.StringIO(), width=100, record=True)
     console.print(comparison_table(summary_table(read_comparison(comparison_folder))))
     rows = [re.findall(r"[^\s│┃]+", line) for line in console.export_text().splitlines()]
     assert ["numpy", "2.700", "2.500", "-7.4%", "2.300", "2.700", "numpy"] in rows

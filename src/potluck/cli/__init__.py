@@ -10,8 +10,9 @@ import typer
 
 from potluck import __version__
 from potluck.cli import composing, edit, forget, runs
-from potluck.cli.options import flag, print_json
+from potluck.cli.options import flag
 from potluck.errors import PotluckError
+from potluck.terminal import labelled, progress, write, write_json
 
 READER_GONE = 141  # as a shell reports SIGPIPE
 app = typer.Typer(
@@ -30,7 +31,7 @@ app.add_typer(forget.verbs)
 @app.callback(invoke_without_command=True)
 def _version(version: Annotated[bool, flag("--version", help="Print the version.")] = False) -> None:
     if version:
-        typer.echo(__version__)
+        write(__version__)
         raise typer.Exit
 
 
@@ -51,14 +52,10 @@ def main() -> None:
 
 
 def _failed(message: str, hint: str, code: int) -> int:
-    from rich.console import Console
-    from rich.markup import escape
-
     if "--json" in sys.argv:
-        print_json({"error": message, "hint": hint, "exit_code": code})
-    console = Console(stderr=True, highlight=False, soft_wrap=True)
-    label = "[yellow]stopped:[/]" if code == 130 else "[bold red]error:[/]"
-    console.print(f"{label} {escape(message)}")
+        write_json({"error": message, "hint": hint, "exit_code": code})
+    console = progress()
+    labelled(console, *(("stopped", "yellow") if code == 130 else ("error", "bold red")), message)
     if hint:
-        console.print(f"[dim]{escape(hint)}[/]")
+        console.print(hint, style="dim")
     return code

@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from potluck.cli.options import JsonOption, print_json, progress, warn
+from potluck.cli.options import JsonOption
 from potluck.errors import RecipeError
+from potluck.terminal import progress, table, warn, write, write_json
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -60,7 +61,7 @@ def defer(
     found = learn(base, assistants, data, out, lesson, api_key_env or "")
     warn(found["warnings"])
     if as_json:
-        print_json(found)
+        write_json(found)
     else:
         _show_learnt(found, rate)
 
@@ -78,11 +79,11 @@ def continue_alone(
     idle = [name.replace("_", "-") for name, value in given.items() if value is not None]
     if idle:
         raise RecipeError(f"--{idle[0]} has no effect without an assistant", "name one: --assistant FOLDER_OR_URL")
-    text, answers = generate(source, prompt, **sampled, say=lambda message: typer.echo(message, err=True))
+    text, answers = generate(source, prompt, **sampled, say=progress().print)
     if as_json:
-        print_json({"prompt": prompt, "text": text})
+        write_json({"prompt": prompt, "text": text})
     else:
-        typer.echo(text if answers else prompt + text)
+        write(text if answers else prompt + text)
 
 
 def continue_together(
@@ -116,29 +117,27 @@ def continue_together(
     )  # fmt: skip
     warn(found["warnings"])
     if as_json:
-        print_json(found)
+        write_json(found)
     else:
-        typer.echo(prompt + found["text"])
+        write(prompt + found["text"])
         _show_counts(found["models"], progress())
 
 
 def _show_learnt(found: Mapping[str, Any], rate: float) -> None:
     width = max(map(len, found["nats_per_token"]))
-    typer.echo(f"nats per token of {found['tokens']} tokens that the gates did not learn from:")
+    write(f"nats per token of {found['tokens']} tokens that the gates did not learn from:")
     for name, nats in found["nats_per_token"].items():
-        typer.echo(f"  {name:{width}}  {nats:.4f}")
-    typer.echo(f"assistants called at {found['called']:.1%} of tokens, at most {rate:.0%} were asked for")
-    typer.echo(f"deferral: {found['deferral']}")
+        write(f"  {name:{width}}  {nats:.4f}")
+    write(f"assistants called at {found['called']:.1%} of tokens, at most {rate:.0%} were asked for")
+    write(f"deferral: {found['deferral']}")
 
 
 def _show_counts(models: Mapping[str, Mapping[str, Any]], console: Console) -> None:
-    from rich.table import Table
-
     from potluck.records.units import bytes_text
 
-    table = Table("model", "tokens said", "calls", "foretold", "sent", "received", "seconds", box=None)
+    shown = table("model", "tokens said", "calls", "foretold", "sent", "received", "seconds")
     for name, asked in models.items():
         sent, received = bytes_text(asked["sent_bytes"]), bytes_text(asked["received_bytes"])
         numbers = (str(asked[key]) for key in ("said", "calls", "predictions"))
-        table.add_row(name, *numbers, sent, received, f"{asked['seconds']:.2f}")
-    console.print(table)
+        shown.add_row(name, *numbers, sent, received, f"{asked['seconds']:.2f}")
+    console.print(shown)

@@ -8,7 +8,8 @@ from typing import Annotated
 
 import typer
 
-from potluck.cli.options import JsonOption, flag, print_facts, progress, warn
+from potluck.cli.options import JsonOption, flag, print_facts
+from potluck.terminal import telling, warn
 
 edit = typer.Typer(no_args_is_help=True, help="Change what a model answers, take it back, find where it keeps facts.")
 
@@ -97,8 +98,8 @@ def locate(
     """Find the layers where a model keeps facts, by causal tracing."""
     from potluck.edit.locating import locate as run
 
-    with progress().status("tracing") as shown:
-        result = run(model, facts, window, draws, plot, seed, lambda number: shown.update(f"fact {number + 1}"))
+    with telling("tracing") as say:
+        result = run(model, facts, window, draws, plot, seed, lambda number: say(f"fact {number + 1}"))
     print_facts(result, as_json)
 
 

@@ -8,7 +8,8 @@ from typing import Annotated
 
 import typer
 
-from potluck.cli.options import JsonOption, flag, print_result, telling
+from potluck.cli.options import JsonOption, flag, print_result
+from potluck.terminal import telling
 
 expert = typer.Typer(no_args_is_help=True, help="Train an expert apart, assemble what several trained, remove one.")
 

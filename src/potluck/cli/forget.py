@@ -10,7 +10,8 @@ from typing import Annotated, Any
 import typer
 
 from potluck.cli.edit import Site
-from potluck.cli.options import JsonOption, print_json, warn
+from potluck.cli.options import JsonOption
+from potluck.terminal import progress, results, table, warn, write_json
 
 verbs = typer.Typer()
 
@@ -93,7 +94,7 @@ def forget(
         model, forget, retain, method.value, out, refusals, text, refuse, _layers(layers),
         at.value if at else None, merge, task, epochs, batch_size, learning_rate, seed, record, key,
     )  # fmt: skip
-    result = commands.forget(request, lambda what: None if as_json else typer.echo(what, err=True))
+    result = commands.forget(request, lambda what: None if as_json else progress().print(what))
     _print(result, as_json)
     warn(result["warnings"])
 
@@ -101,17 +102,14 @@ def forget(
 def show_checks(result: Mapping[str, Any], as_json: bool) -> None:
     """What `potluck evaluate --forgotten` found."""
     if as_json:
-        print_json(result)
+        write_json(result)
     else:
-        from rich.console import Console
-        from rich.table import Table
-
-        console = Console(highlight=False, soft_wrap=True)
-        table = Table("model", "probability", "said", "ROUGE-L", "extraction strength", box=None, pad_edge=False)
+        console = results()
+        shown = table("model", "probability", "said", "ROUGE-L", "extraction strength")
         for name, forms in result["models"].items():
             for form, figures in forms.items():
-                table.add_row(f"{name}, {form}", *(f"{value:.3f}" for value in figures.values()))
-        console.print(table)
+                shown.add_row(f"{name}, {form}", *(f"{value:.3f}" for value in figures.values()))
+        console.print(shown)
         for name in ("relearning_steps", "truth_ratio", "forget_quality"):
             for model, value in result.get(name, {}).items():
                 console.print(f"{name.replace('_', ' ')}, {model}: {value:.4g}")
@@ -127,18 +125,15 @@ def _layers(text: str) -> tuple[int, ...]:
 
 def _print(result: Mapping[str, Any], as_json: bool) -> None:
     if as_json:
-        print_json(result)
+        write_json(result)
         return
-    from rich.console import Console
-    from rich.table import Table
-
-    console = Console(highlight=False, soft_wrap=True)
+    console = results()
     before, after = result["before"], result["after"]
     if isinstance(before, dict):
-        table = Table("", "before", "after", box=None, pad_edge=False)
+        shown = table("", "before", "after")
         for name, value in before.items():
-            table.add_row(name.replace("_", " "), f"{value:.3f}", f"{after[name]:.3f}")
-        console.print(table)
+            shown.add_row(name.replace("_", " "), f"{value:.3f}", f"{after[name]:.3f}")
+        console.print(shown)
     for name, value in result.items():
         if not isinstance(value, dict | list):
-            console.print(f"{name.replace('_', ' ')}: {value}", markup=False)
+            console.print(f"{name.replace('_', ' ')}: {value}")

@@ -9,7 +9,8 @@ from typing import Annotated, Any
 
 import typer
 
-from potluck.cli.options import JsonOption, flag, print_json, telling, warn
+from potluck.cli.options import JsonOption, flag
+from potluck.terminal import results, table, telling, warn, write_json
 
 library = typer.Typer(help="Keep adapters with what they are good for, find them, and route between them.")
 
@@ -89,7 +90,7 @@ def search(
     with telling() as say:
         found = look(Place(place, registry), base, data, top, mixture, say)
     if as_json:
-        print_json(found)
+        write_json(found)
         return
     columns = ("name", "share", "distance", "rank", "who", "licence") if mixture else (
         "name", "distance", "rank", "who", "licence"
@@ -108,7 +109,7 @@ def entries(place: LibraryArgument, registry: RegistryOption = "", as_json: Json
 
     found = look(Place(place, registry))
     if as_json:
-        print_json(found)
+        write_json(found)
         return
     _table(found["entries"], ("name", "rank", "parameters", "gain", "who", "licence", "noise", "added"))
     _warn_of_damaged(found)
@@ -160,7 +161,7 @@ def cluster(
     found = group(Place(place, registry), Grouping(k=k, seed=seed, merge=merge, rank=rank, out=out))
     warn(found["warnings"])
     if as_json:
-        print_json(found)
+        write_json(found)
         return
     _table([{"cluster": name, "entries": ", ".join(found["clusters"][name])} for name in found["clusters"]])
     _warn_of_damaged(found)
@@ -194,7 +195,7 @@ def route(
         found = measure(Place(place, registry), base, data, Routing(by.value, top_k, temperature, nearest), say)
     warn(found["warnings"])
     if as_json:
-        print_json(found)
+        write_json(found)
         return
     _table([{"adapter": name, "share": share} for name, share in found["shares"].items()])
     _print({key: found[key] for key in ("tokens", "base_nats", "routed_nats")}, False)
@@ -204,26 +205,20 @@ def route(
 def _print(result: Mapping[str, Any], as_json: bool) -> None:
     warn(result.get("warnings", ()))
     if as_json:
-        print_json(result)
+        write_json(result)
         return
-    from rich.console import Console
-
     for key, value in result.items():
         if key != "warnings" and value not in ("", None, {}):
-            Console(highlight=False, soft_wrap=True).print(f"{key.replace('_', ' ')}: {_said(value)}", markup=False)
+            results().print(f"{key.replace('_', ' ')}: {_said(value)}")
 
 
 def _table(rows: Iterable[Mapping[str, Any]], columns: Iterable[str] = ()) -> None:
-    from rich.console import Console
-    from rich.markup import escape
-    from rich.table import Table
-
     rows = list(rows)
     names = list(columns) or list(rows[0])
-    table = Table(*names, box=None, pad_edge=False)
+    shown = table(*names)
     for row in rows:
-        table.add_row(*(escape(_said(row[name])) for name in names))
-    Console(highlight=False, soft_wrap=True).print(table)
+        shown.add_row(*(_said(row[name]) for name in names))
+    results().print(shown)
 
 
 def _said(value: Any) -> str:

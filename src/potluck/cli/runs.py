@@ -30,10 +30,9 @@ from potluck.cli.options import (
     flag,
     parsed,
     print_facts,
-    print_json,
     print_result,
-    progress,
 )
+from potluck.terminal import progress, write_json
 
 verbs = typer.Typer()
 
@@ -49,7 +48,7 @@ def check(recipe: RecipeArgument, settings: SetOption = None, as_json: JsonOptio
 
     expected = forecast(load_recipe(recipe, settings or ()))
     if as_json:
-        print_json(asdict(expected))
+        write_json(asdict(expected))
     else:
         show_forecast(expected)
 
@@ -84,7 +83,7 @@ def plan(
     if plot is not None:
         draw_plan(found, plot)
     if as_json:
-        print_json({"link": link.model_dump(exclude={"availability"}), **asdict(found)})
+        write_json({"link": link.model_dump(exclude={"availability"}), **asdict(found)})
     else:
         show_plan(found)
 
@@ -210,7 +209,7 @@ def status(
 
     found = run_status(run, invite)
     if as_json:
-        print_json(found)
+        write_json(found)
     else:
         show(found)
 
@@ -227,7 +226,7 @@ def doctor(
 
     found = examine_access(invite, key, folder)
     if as_json:
-        print_json(found)
+        write_json(found)
     else:
         show_findings(found)
     if not found["ok"]:
@@ -270,7 +269,7 @@ def evaluate(
         from potluck.cli.forget import show_checks
         from potluck.edit.forgetting.checking import check_forgotten
 
-        found = check_forgotten(place, forgotten, before, never, task, lambda what: typer.echo(what, err=True))
+        found = check_forgotten(place, forgotten, before, never, task, progress().print)
         show_checks(found, as_json)
         return
     assert edits is not None

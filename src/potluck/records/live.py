@@ -20,6 +20,7 @@ from rich.text import Text
 from potluck.records.curves import Summary, SummaryRow
 from potluck.records.events import Event
 from potluck.records.units import bytes_text, count_text, duration_text, one_line
+from potluck.terminal import table
 
 REFRESH_SECONDS = 0.1
 _STYLES = {"ok": "green", "late": "yellow", "failed": "red", "rejected": "magenta", "waiting": "dim"}
@@ -178,7 +179,7 @@ class View:
             return
         clock = datetime.fromisoformat(event["time"]).astimezone().strftime("%H:%M:%S")
         words = f"{clock}  {self._prefix}  {line}" if self._prefix else f"{clock}  {line}"
-        self._console.print(words, markup=False, highlight=False, soft_wrap=True)
+        self._console.print(words)
 
     def _draw(self, at_once: bool) -> None:
         now = time.monotonic()
@@ -188,7 +189,7 @@ class View:
 
     def _screen(self) -> RenderableType:
         standing = self._standing
-        title = Text(" · ").join(
+        title = Text(" · ", no_wrap=True, overflow="ellipsis").join(
             [Text(part, style="bold" if part == self._prefix else "") for part in self._title() if part]
         )
         return Group(title, _progress(standing), _figures(standing), _participants(standing))
@@ -217,17 +218,16 @@ def view(console: Console, name: str = "", prefix: str = "", history: Iterable[E
 def comparison_table(summary: Summary) -> Table:
     """A comparison's bits per byte as a table for the terminal; the better of alone and together is bold."""
     title = "Held-out text, bits per byte (lower is better)"
-    table = Table(title=title, title_justify="left", title_style="bold", box=box.SIMPLE, padding=(0, 1, 0, 0))
-    table.add_column("text")
     pooled = summary["union"]["pooled"] is not None
-    for column in ("alone", "together", "change", *(["pooled"] if pooled else []), "best alone"):
-        table.add_column(column, justify="right")
-    table.add_column("by")
+    figures = ("alone", "together", "change", *(["pooled"] if pooled else []), "best alone")
+    shown = table("text", *figures, "by", title=title, title_style="bold", box=box.SIMPLE, padding=(0, 1, 0, 0))
+    for column in shown.columns[1:-1]:
+        column.justify = "right"
     for row in summary["rows"]:
-        table.add_row(*_comparison_cells(row, row["alone"], pooled))
-    table.add_section()
-    table.add_row(*_comparison_cells(summary["union"], summary["union"]["best_alone"], pooled))
-    return table
+        shown.add_row(*_comparison_cells(row, row["alone"], pooled))
+    shown.add_section()
+    shown.add_row(*_comparison_cells(summary["union"], summary["union"]["best_alone"], pooled))
+    return shown
 
 
 def _comparison_cells(row: SummaryRow, rival: float | None, pooled: bool) -> list[Text]:
@@ -306,7 +306,7 @@ def _progress(standing: _Standing) -> RenderableType:
 
 
 def _figures(standing: _Standing) -> Text:
-    line = Text()
+    line = Text(no_wrap=True, overflow="ellipsis")
     if standing.union is not None:
         line.append("held-out ").append(f"{_bits(standing.union)} bits/byte", style="bold")
         line.append_text(_arrow(standing.change)).append("  ")
@@ -318,14 +318,13 @@ def _figures(standing: _Standing) -> Text:
 
 
 def _participants(standing: _Standing) -> Table:
-    table = Table(box=None, header_style="dim", padding=(0, 2, 0, 0))
-    table.add_column("participant")
-    table.add_column("status")
-    for column in ("tokens", "loss", "bits/byte", "up", "down"):
-        table.add_column(column, justify="right", no_wrap=True)
+    figures = ("tokens", "loss", "bits/byte", "up", "down")
+    shown = table("participant", "status", *figures, header_style="dim", padding=(0, 2, 0, 0))
+    for column in shown.columns[2:]:
+        column.justify, column.no_wrap = "right", True
     reasons = any(row.reason for row in standing.rows.values())
-    if reasons:
-        table.add_column("reason", no_wrap=True, overflow="ellipsis", ratio=1)
+    if reasons:  # in full in the log and in the report: here a line is a line
+        shown.add_column("reason", no_wrap=True, overflow="ellipsis", ratio=1)
     for name, row in standing.rows.items():
         earlier = "dim " if row.round <= standing.round and standing.arrived else ""
         cells = [
@@ -337,8 +336,8 @@ def _participants(standing: _Standing) -> Table:
             Text(bytes_text(row.up_bytes)),
             Text(bytes_text(row.down_bytes)),
         ]
-        table.add_row(*cells, *([Text(row.reason, style="dim")] if reasons else []))
-    return table
+        shown.add_row(*cells, *([Text(row.reason, style="dim")] if reasons else []))
+    return shown
 
 
 def _arrow(change: float | None) -> Text:
