@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -10,6 +9,7 @@ from pathlib import Path
 
 from potluck.corpus.sources import text_bytes
 from potluck.corpus.tokenizer import folder_vocabulary, vocabulary_from_words, word_counts
+from potluck.corpus.tokenizer_json import check_ids
 from potluck.errors import CorpusError, ModelError
 from potluck.footprint import footprint, moments
 from potluck.measured import WHERE
@@ -31,6 +31,7 @@ from potluck.recipe.updates import (
 )
 from potluck.records.folder import POOLED
 from potluck.traffic import Messages, exchanges, most_changed
+from potluck.untrusted import load_json
 
 # English text and source code; only a guess, and shown as one.
 _BYTES_PER_TOKEN = {"bytes": 1.0, "bpe": 3.0, "folder": 3.5}
@@ -204,8 +205,10 @@ def _filled(recipe: Recipe, texts: dict[str, int | None], asked: int) -> tuple[i
 def _folder_tokens(folder: Path) -> int:
     path = folder / "tokenizer.json"
     try:
-        tokenizer = json.loads(path.read_text(encoding="utf-8"))
+        tokenizer = load_json(path)
         ids = tokenizer["model"]["vocab"]
+        if isinstance(ids, dict):
+            check_ids(ids)
         last = max(ids.values()) if isinstance(ids, dict) else len(ids) - 1
         return 1 + max(int(last), *(int(token["id"]) for token in tokenizer.get("added_tokens", ())), 0)
     except FileNotFoundError:  # a tokenizer in an older form, which only transformers reads

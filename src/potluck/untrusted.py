@@ -18,9 +18,9 @@ from pydantic import Field, TypeAdapter, ValidationError
 
 MAX_BYTES = 64 << 20
 MAX_DEPTH = 32
+MAX_DIGITS = 20  # of 2^64
 _SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
 _adapter: Any = cache(TypeAdapter)
-_MAX_DIGITS = 20  # of 2^64
 
 T = TypeVar("T")
 Count = Annotated[int, Field(ge=0, lt=2**63)]
@@ -28,37 +28,44 @@ Digest = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 ShortText = Annotated[str, Field(max_length=1000)]
 
 
-def loads(data: bytes | bytearray | memoryview | str, *, most_bytes: int = MAX_BYTES, depth: int = MAX_DEPTH) -> Any:
+def loads(
+    data: bytes | bytearray | memoryview | str,
+    *,
+    most_bytes: int = MAX_BYTES,
+    depth: int = MAX_DEPTH,
+    digits: int = MAX_DIGITS,
+) -> Any:
     """A JSON value in UTF-8, as RFC 8259 has it, and no more.
 
     Args:
         data: What came.
         most_bytes: More than this is refused unread.
         depth: How many lists and objects may hold one another.
+        digits: Of an integer.
 
     Raises:
-        ValueError: It is larger or deeper than that, no JSON, names a key twice, holds NaN, an infinite number, an
-            integer of 2^64 or more, or text that is not Unicode.
+        ValueError: It is larger, deeper or longer than that, no JSON, names a key twice, holds NaN, an infinite number
+            or text that is not Unicode.
     """
     if len(data) > most_bytes:
         raise ValueError(f"{len(data)} bytes of JSON, at most {most_bytes} are read")
     text = data if isinstance(data, str) else str(data, "utf-8")
     try:
-        value = _DECODER.decode(text)
+        value = _decoder(digits).decode(text)
     except RecursionError:
         raise ValueError(f"JSON nested deeper than {depth}") from None
     _walk(value, depth, texts=_SURROGATE.search(text) is not None)
     return value
 
 
-def load_json(path: Path, *, most_bytes: int = MAX_BYTES, depth: int = MAX_DEPTH) -> Any:
+def load_json(path: Path, *, most_bytes: int = MAX_BYTES, depth: int = MAX_DEPTH, digits: int = MAX_DIGITS) -> Any:
     """A file's JSON, as `loads` reads it; a file that is larger is not read.
 
     Raises:
         OSError: It cannot be read.
         ValueError: As `loads` raises it.
     """
-    return loads(read_bytes(path, most_bytes), most_bytes=most_bytes, depth=depth)
+    return loads(read_bytes(path, most_bytes), most_bytes=most_bytes, depth=depth, digits=digits)
 
 
 def read_bytes(path: Path, most_bytes: int = MAX_BYTES) -> bytes:
@@ -127,12 +134,6 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return found
 
 
-def _integer(digits: str) -> int:
-    if len(digits) > _MAX_DIGITS + 1 or not -(2**64) < (number := int(digits)) < 2**64:
-        raise ValueError("an integer of 2^64 or more")
-    return number
-
-
 def _finite(digits: str) -> float:
     number = float(digits)
     if number in (float("inf"), float("-inf")):
@@ -144,4 +145,11 @@ def _refused(constant: str) -> NoReturn:
     raise ValueError(f"{constant} is no JSON")
 
 
-_DECODER = json.JSONDecoder(object_pairs_hook=_object, parse_int=_integer, parse_float=_finite, parse_constant=_refused)
+@cache
+def _decoder(most: int) -> json.JSONDecoder:
+    def integer(digits: str) -> int:
+        if len(digits) > most:
+            raise ValueError(f"an integer of {len(digits)} digits, at most {most} are read")
+        return int(digits)
+
+    return json.JSONDecoder(object_pairs_hook=_object, parse_int=integer, parse_float=_finite, parse_constant=_refused)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import resource
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -182,3 +184,68 @@ def test_what_a_tokenizer_puts_around_a_text_does_not_make_it_another(trained: R
     assert (again.content_hash, again.beginning) == (vocabulary.content_hash, vocabulary.beginning)
     travelled = vocabulary_of(vocabulary.tokenizer.to_str(), vocabulary.end_of_text, [7])
     assert (travelled.beginning, travelled.stops) == (vocabulary.beginning, frozenset({7, vocabulary.end_of_text}))
+
+
+def rules(kind: str, key: str, part: dict[str, object], times: int) -> dict[str, object]:
+    return {kind: {"type": "Sequence", key: [part] * times}}
+
+
+def hostile_tokenizers() -> Iterator[tuple[dict[str, object], str]]:
+    """Changes to a tokenizer's JSON that would take gigabytes, hours or the process."""
+    bpe = {"type": "BPE", "vocab": {"a": 0, "b": 1}, "merges": []}
+    double = {"type": "Replace", "pattern": {"String": "a"}, "content": "aa"}
+    text = {"Sequence": {"id": "A", "type_id": 0}}
+    template = {"type": "TemplateProcessing", "pair": [], "special_tokens": {}}
+    yield {"model": {**bpe, "vocab": {"a": 0, "z": 1 << 31}}}, "token id 2147483648 among 2 tokens"
+    yield {"model": {**bpe, "vocab": {"a": 0, "z": -1}}}, "token id -1"
+    yield {"model": {**bpe, "vocab": {"a": 0, "z": "1"}}}, "not an integer"
+    yield {"model": {**bpe, "vocab": {"a": 0, "z" * 100_000: 1}}}, "a token of 100000 characters"
+    yield {"model": {"type": "Unigram", "unk_id": 0, "vocab": [["b" * 1_000_000, 0.0]]}}, "a token of 1000000 char"
+    yield {"model": {**bpe, "continuing_subword_prefix": "é", "merges": [["a", "b"]]}}, "ends at 0"  # a panic
+    yield rules("normalizer", "normalizers", double, 40), "times as long"
+    yield rules("normalizer", "normalizers", {"type": "ByteLevel"}, 20), "times as long"
+    yield rules("normalizer", "normalizers", {"type": "Prepend", "prepend": "x"}, 1000), "rules, at most 64"
+    yield {"normalizer": {"type": "Precompiled", "precompiled_charsmap": "////fwAAAAA="}}, "cut off"
+    yield {"pre_tokenizer": {"type": "FixedLength", "length": 0}}, "non-zero"  # a panic
+    yield {"post_processor": {**template, "single": [text] * 5000}}, "repeats the text"
+    yield rules("post_processor", "processors", {**template, "single": [text] * 2}, 40), "repeats the text"
+    yield {"normalizer": json.loads('{"a":' * 60 + "1" + "}" * 60)}, "nested deeper"
+
+
+@pytest.mark.parametrize(("changes", "reason"), [*hostile_tokenizers()])
+def test_a_tokenizer_from_outside_is_held_to_bounds(changes: dict[str, object], reason: str, tmp_path: Path) -> None:
+    table = {**json.loads(BYTES.tokenizer.to_str()), **changes}
+    text = json.dumps({**table, "added_tokens": []} if "model" in changes else table)
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    with pytest.raises(ModelError, match=reason):
+        vocabulary_of(text, 0)
+    (tmp_path / "tokenizer.json").write_text(text)
+    (tmp_path / "tokenizer_config.json").write_text('{"eos_token": "a", "model_max_length": 1' + "0" * 30 + "}")
+    with pytest.raises(ModelError, match=reason):
+        folder_vocabulary(tmp_path)
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 200_000  # kB
+
+
+def test_a_slow_tokenizer_s_ids_are_held_to_bounds(tmp_path: Path) -> None:
+    (tmp_path / "vocab.json").write_text('{"a": 0, "</s>": 1, "z": 2147483000}')
+    (tmp_path / "merges.txt").write_text("#version: 0.2\n")
+    (tmp_path / "tokenizer_config.json").write_text(
+        '{"tokenizer_class": "GPT2Tokenizer", "eos_token": "<|endoftext|>"}'
+    )
+    with pytest.raises(ModelError, match="2147483000"):
+        folder_vocabulary(tmp_path)
+
+
+def test_ids_that_no_token_has_are_refused() -> None:
+    text = BYTES.tokenizer.to_str()
+    for changes in ({"end_of_text": 257}, {"stops": [1 << 40]}, {"beginning": [-1]}):
+        with pytest.raises(ModelError, match="is none of the tokenizer's 257"):
+            vocabulary_of(text, **{"end_of_text": 256, **changes})  # type: ignore[arg-type]
+
+
+def test_a_tokenizer_that_gives_up_on_a_text_is_an_error_of_ours() -> None:
+    table = json.loads(BYTES.tokenizer.to_str())
+    split = {"type": "Split", "pattern": {"Regex": "(a|aa)+$"}, "behavior": "Isolated", "invert": False}
+    vocabulary = vocabulary_of(json.dumps({**table, "pre_tokenizer": split}), 256)
+    with pytest.raises(ModelError, match=r"cannot encode the text: .*retry-limit"):
+        vocabulary.prompt("a" * 3000 + "b")

@@ -16,6 +16,7 @@ from transformers import PreTrainedModel
 
 from potluck.corpus.sources import documents
 from potluck.corpus.tokenizer import Vocabulary, folder_vocabulary, pieces
+from potluck.corpus.tokenizer_json import refusing
 from potluck.errors import CorpusError
 from potluck.models.build import embeddings, load_folder
 from potluck.models.check import check_vocabulary
@@ -102,7 +103,8 @@ def token_stream(texts: Iterable[str], vocabulary: Vocabulary) -> np.ndarray:
     for text in texts:
         ids.append(vocabulary.end_of_text)
         for piece in pieces(text):
-            ids += vocabulary.tokenizer.encode(piece, add_special_tokens=False).ids
+            with refusing("the tokenizer cannot encode the text"):
+                ids += vocabulary.tokenizer.encode(piece, add_special_tokens=False).ids
     if len(ids) < 2:
         raise CorpusError("there is no text to take tokens from")
     return np.asarray(ids, dtype=np.int64)

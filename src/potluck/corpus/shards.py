@@ -30,9 +30,11 @@ import numpy as np
 
 from potluck.corpus.holdings import SIDES, Kept, Side, digest_of, kept_documents, text_keys
 from potluck.corpus.tokenizer import Progress, Vocabulary, build_vocabulary, pieces, silent
-from potluck.errors import CorpusError, ModelError
+from potluck.corpus.tokenizer_json import refusing
+from potluck.errors import CorpusError
 from potluck.files import storing, write_text
 from potluck.recipe import Recipe
+from potluck.untrusted import load_json
 
 FORMAT = 1
 _CHUNK_CHARACTERS = 1 << 20  # text encoded at a time
@@ -132,7 +134,7 @@ def _check_enough(recipe: Recipe, manifests: Mapping[str, dict[str, Any]], progr
 def _manifest(folder: Path) -> dict[str, Any] | None:
     """The manifest of a complete folder, else ``None``."""
     try:
-        manifest: dict[str, Any] = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
+        manifest: dict[str, Any] = load_json(folder / "manifest.json")
         fits = all(
             (folder / f"{side}.{kind}").stat().st_size == size
             for side in SIDES
@@ -218,10 +220,8 @@ def _encode_bytes(texts: Sequence[str]) -> list[np.ndarray]:
 
 def _encoder(vocabulary: Vocabulary) -> Encoder:
     def encode(texts: Sequence[str]) -> list[np.ndarray]:
-        try:
+        with refusing("the tokenizer cannot encode the text"):
             encodings = vocabulary.tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)
-        except Exception as error:  # what the library raises
-            raise ModelError(f"the tokenizer cannot encode the text ({error})") from error
         return [np.array(encoding.ids, np.uint32) for encoding in encodings]
 
     return encode

@@ -18,16 +18,20 @@ from typing import Any
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 
 from potluck.corpus.holdings import digest_of, kept_documents, text_keys
+from potluck.corpus.tokenizer_json import check_ids, read_tokenizer, refusing, tokenizer_text
 from potluck.errors import ModelError
 from potluck.files import storing, write_text
 from potluck.recipe import Recipe
 from potluck.recipe.schema import Bpe, Bytes
+from potluck.untrusted import load_json
 
 END_OF_TEXT = "<|endoftext|>"
 # What tokenizers of chat models name as `eos_token`, and what ended a document when their base was trained.
 _TURN_ENDS = {"<|im_end|>", "<|eot_id|>", "<|eom_id|>", "<|eot|>", "<|end|>", "<|end_of_turn|>", "<end_of_turn>"}
 _FILES = ("tokenizer.json", "vocab.json", "vocab.txt", "tokenizer.model", "spiece.model", "sentencepiece.bpe.model")
 _DOCUMENT_ENDS = ("<|endoftext|>", "<|end_of_text|>", "<eos>", "</s>", "<｜end▁of▁sentence｜>")
+_FOLDER_HINT = "it must hold the tokenizer.json of a Hugging Face tokenizer"
+_DIGITS = 40  # transformers writes 10^30 for a length without bound
 PIECE_CHARACTERS = 1 << 18
 Progress = Callable[[str], None]
 
@@ -54,7 +58,8 @@ class Vocabulary:
 
     def prompt(self, text: str) -> list[int]:
         """A text's token ids, begun as the tokenizer begins one; an empty text is the start of a document."""
-        ids: list[int] = self.tokenizer.encode(text, add_special_tokens=False).ids
+        with refusing("the tokenizer cannot encode the text"):
+            ids: list[int] = self.tokenizer.encode(text, add_special_tokens=False).ids
         return [*self.beginning, *ids] or [self.end_of_text]
 
 
@@ -117,15 +122,14 @@ def load_vocabulary(folder: Path) -> Vocabulary:
         ModelError: It is missing or damaged.
     """
     try:
-        text = (folder / "tokenizer.json").read_text(encoding="utf-8")
-        about = json.loads((folder / "vocabulary.json").read_text(encoding="utf-8"))
+        text = tokenizer_text(folder / "tokenizer.json")
+        about = load_json(folder / "vocabulary.json")
         end_of_text, content_hash = int(about["end_of_text"]), about["content_hash"]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ModelError(f"{folder}: no usable vocabulary ({error})") from None
-    try:
-        vocabulary = _own_vocabulary(Tokenizer.from_str(text), end_of_text)
-    except Exception as error:  # the library raises plain Exception
-        raise ModelError(f"{folder}: the vocabulary is damaged ({str(error).partition(chr(10))[0]})") from None
+    damaged = f"{folder}: the vocabulary is damaged"
+    with refusing(damaged):
+        vocabulary = _own_vocabulary(read_tokenizer(text, damaged), end_of_text)
     if vocabulary.content_hash != content_hash:
         raise ModelError(f"{folder}: the vocabulary is damaged, its content does not fit its hash")
     return vocabulary
@@ -145,11 +149,8 @@ def vocabulary_of(
     Raises:
         ModelError: It is not a tokenizer.
     """
-    try:
-        tokenizer = Tokenizer.from_str(tokenizer_json)
-    except Exception as error:  # the library raises plain Exception
-        raise ModelError(f"not a tokenizer: {str(error).partition(chr(10))[0]}") from None
-    return _vocabulary(tokenizer, end_of_text, stops, beginning)
+    with refusing("not a tokenizer"):
+        return _vocabulary(read_tokenizer(tokenizer_json), end_of_text, stops, beginning)
 
 
 def pieces(text: str) -> Iterator[str]:
@@ -170,7 +171,10 @@ def _vocabulary(
     tokenizer.encode_special_tokens = True  # special strings in a text are text; not part of the JSON
     size = max(tokenizer.get_vocab().values()) + 1
     begun = _beginning(tokenizer) if beginning is None else tuple(beginning)
-    return Vocabulary(tokenizer, size, end_of_text, content_hash, begun, frozenset({*stops, end_of_text}))
+    ends = frozenset({*stops, end_of_text})
+    if strange := [number for number in (*begun, *ends) if not 0 <= number < size]:
+        raise ModelError(f"token id {strange[0]} is none of the tokenizer's {size}")
+    return Vocabulary(tokenizer, size, end_of_text, content_hash, begun, ends)
 
 
 def _own_vocabulary(tokenizer: Tokenizer, end_of_text: int) -> Vocabulary:
@@ -271,8 +275,9 @@ def folder_vocabulary(folder: Path) -> Vocabulary:
     if eos not in _DOCUMENT_ENDS and (eos in _TURN_ENDS or eos in template):
         separator = next((special[end] for end in _DOCUMENT_ENDS if end in special), last)
     stops = {last, *(number for number in named if number in added)}
-    beginning = _beginning(tokenizer) or (() if _knows_beginnings(folder) else (separator,))
-    return _vocabulary(tokenizer, separator, stops, beginning)
+    with _reading(folder):
+        beginning = _beginning(tokenizer) or (() if _knows_beginnings(folder) else (separator,))
+        return _vocabulary(tokenizer, separator, stops, beginning)
 
 
 def _knows_beginnings(folder: Path) -> bool:
@@ -306,12 +311,12 @@ def _reading(folder: Path) -> Iterator[None]:
     """Turn whatever a tokenizer's files raise into our own error."""
     if not folder.is_dir():
         raise ModelError(f"tokenizer {folder}: there is no such folder")
-    try:
+    with refusing(_unusable(folder), _FOLDER_HINT):
         yield
-    except Exception as error:  # the libraries raise plain Exception for a broken file
-        first_line = str(error).partition("\n")[0]
-        hint = "it must hold the tokenizer.json of a Hugging Face tokenizer"
-        raise ModelError(f"tokenizer {folder}: cannot be used ({first_line})", hint) from error
+
+
+def _unusable(folder: Path) -> str:
+    return f"tokenizer {folder}: cannot be used"
 
 
 def _named_ends(folder: Path) -> list[int]:
@@ -334,7 +339,7 @@ def chat_templates(folder: Path) -> str:
 def _read_folder(folder: Path) -> tuple[Tokenizer, str | None]:
     """The tokenizer and the string of its ``eos_token``."""
     if (folder / "tokenizer.json").is_file():
-        tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
+        tokenizer = read_tokenizer(tokenizer_text(folder / "tokenizer.json"), _unusable(folder), _FOLDER_HINT)
         configs = (_json_table(folder / name) for name in ("tokenizer_config.json", "special_tokens_map.json"))
         eos = next((token for token in (_content(config.get("eos_token")) for config in configs) if token), None)
         if eos:
@@ -342,7 +347,8 @@ def _read_folder(folder: Path) -> tuple[Tokenizer, str | None]:
     from transformers import AutoTokenizer
 
     loaded = AutoTokenizer.from_pretrained(str(folder), trust_remote_code=False, local_files_only=True)
-    return Tokenizer.from_str(loaded.backend_tokenizer.to_str()), loaded.eos_token
+    check_ids(loaded.backend_tokenizer.get_vocab())
+    return read_tokenizer(loaded.backend_tokenizer.to_str(), _unusable(folder), _FOLDER_HINT), loaded.eos_token
 
 
 def _content(token: Any) -> str | None:
@@ -352,5 +358,5 @@ def _content(token: Any) -> str | None:
 
 
 def _json_table(path: Path) -> dict[str, Any]:
-    table = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    table = load_json(path, digits=_DIGITS) if path.is_file() else {}
     return table if isinstance(table, dict) else {}
