@@ -32,7 +32,7 @@ from potluck.errors import (
     RunFolderError,
     StorageError,
 )
-from potluck.files import storing, write_text
+from potluck.files import name_of, storing, write_text
 from potluck.local.evaluate import negative_log_likelihood
 from potluck.local.generate import chat_turn, room
 from potluck.local.generate import generate as continue_text
@@ -42,6 +42,7 @@ from potluck.models.flat import flatten
 from potluck.preflight import forecast
 from potluck.recipe import Recipe, load_recipe, recipe_toml
 from potluck.recipe.engine import Nats
+from potluck.recipe.load import shareable
 from potluck.recipe.schema import ModelFolder, TokenizerFolder
 from potluck.records.card import model_card
 from potluck.records.checkpoint import Checkpoint, load_checkpoint
@@ -273,7 +274,8 @@ def _compare(folder: Path, recipe: Recipe, pooled: bool, console: Console) -> Re
     _export(together, together / "model", None, False)
     summary = summary_table(read_comparison(folder))
     result = {"run": str(folder), **summary, "model": str(together / "model")}
-    write_text(folder / "comparison.json", json.dumps(result, indent=1))
+    kept = {**result, "run": folder.name, "model": "together/model"}  # it is shown to others, and may be moved
+    write_text(folder / "comparison.json", json.dumps(kept, indent=1))
     return {**result, "report": _report(folder, console)}
 
 
@@ -378,7 +380,7 @@ def _export(folder: Path, to: Path, number: int | None, best: bool) -> Path:
                 restored.model, recipe.tokenizer, vocabulary.tokenizer, vocabulary.end_of_text, partial, recipe.model
             )
             write_text(partial / "README.md", _card(restored, record))
-            write_text(partial / "recipe.toml", recipe_toml(recipe))
+            write_text(partial / "recipe.toml", shareable(recipe_toml(recipe)))
             shutil.rmtree(to, ignore_errors=True)
             partial.rename(to)
         finally:
@@ -388,9 +390,11 @@ def _export(folder: Path, to: Path, number: int | None, best: bool) -> Path:
 
 def _card(restored: _Restored, record: RunRecord) -> str:
     recipe, model = restored.recipe, restored.model
-    base = recipe.model.path if isinstance(recipe.model, ModelFolder) else None
+    base = name_of(recipe.model.path) if isinstance(recipe.model, ModelFolder) else None
     frozen = sum(parameter.numel() for parameter in model.parameters() if not parameter.requires_grad)
-    return model_card(record, recipe_toml(recipe), base, frozen, model.config.model_type.startswith("potluck_"))
+    return model_card(
+        record, shareable(recipe_toml(recipe)), base, frozen, model.config.model_type.startswith("potluck_")
+    )
 
 
 def _report(folder: Path, console: Console) -> str | None:

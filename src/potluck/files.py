@@ -3,12 +3,37 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 from potluck.errors import StorageError
+
+# Where a path leads through folders of this machine: not in the middle of a word, and not in a URL.
+_FOLDERS = re.compile(r"(?<![\w.:/~])(?:~|[A-Za-z]:)?[/\\](?:[^\s/\\:'\"]+[/\\])+")
+_HUB = re.compile(r"models--(.+?)--(.+)")
+
+
+def name_of(path: str | Path) -> str:
+    """What other people are told of a file or folder of this machine: its name, and not where it lies.
+
+    A download of the Hugging Face hub has its name there, the model of a run that run's name before it. What is no
+    absolute path stays as it is.
+    """
+    place = Path(path)
+    if not place.is_absolute():
+        return str(path)
+    hub = _HUB.fullmatch(place.parts[-3]) if len(place.parts) > 3 and place.parts[-2] == "snapshots" else None
+    if hub:
+        return f"{hub[1]}/{hub[2]}"
+    return "/".join(place.parts[-2:]) if place.name == "model" and len(place.parts) > 2 else place.name
+
+
+def without_folders(text: str) -> str:
+    """A sentence for other people: of the paths in it only the names."""
+    return _FOLDERS.sub("", text)
 
 
 @contextmanager

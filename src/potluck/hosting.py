@@ -38,6 +38,7 @@ from potluck.local_store import layout_hash
 from potluck.models.build import build_model
 from potluck.recipe import Recipe
 from potluck.recipe.engine import Nats
+from potluck.recipe.load import renamed_paths
 from potluck.recipe.schema import Bpe
 from potluck.recipe.sources import Data
 from potluck.records.checkpoint import Checkpoint
@@ -164,11 +165,7 @@ def say_about(post: Post, recipe: Recipe, vocabulary: Vocabulary | None, network
         }
     )
     raw = bare.model_dump(mode="json", exclude_none=True, exclude={"records": {"folder"}, "compute": True})
-    for table in ("model", "tokenizer"):
-        if "path" in raw[table]:
-            raw[table]["path"] = "elsewhere"
-    for key in {"secret", "decisions"} & raw.get("editing", {}).keys():
-        raw["editing"][key] = "elsewhere"
+    raw = renamed_paths(raw, lambda _: "elsewhere")
     facts: dict[str, Any] = {"run": post.names.run, "recipe": raw}
     payload = b""
     if vocabulary is not None and network is not None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tomllib
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ from hypothesis import strategies as some
 
 from potluck.errors import RecipeError
 from potluck.recipe import Recipe, load_recipe, recipe_hash, recipe_toml
-from potluck.recipe.load import parse_recipe
+from potluck.recipe.load import parse_recipe, shareable
 
 Tables = dict[str, Any]
 
@@ -270,3 +271,32 @@ def test_the_recipes_that_come_with_us_are_recipes() -> None:
         recipe = load_recipe(path)
         assert isinstance(recipe, Recipe)
         assert tomli_w.dumps(recipe.model_dump(mode="json", exclude_none=True)) == recipe_toml(recipe)
+
+
+def test_a_shared_recipe_names_no_place_of_this_machine() -> None:
+    text = recipe_toml(
+        parse_recipe(
+            {
+                "version": 1,
+                "model": {"path": "/home/ada/.cache/models--org--tiny/snapshots/12ab"},
+                "tokenizer": {"kind": "folder", "path": "/home/ada/tokens"},
+                "data": {"shards": "/home/ada/shards"},
+                "records": {"folder": "/home/ada/runs/{name}"},
+                "participants": [
+                    {"name": "ada", "source": {"jsonl": "/home/ada/a.jsonl"}},
+                    {"name": "bob", "source": {"dataset": "/home/ada/set"}},
+                    {"name": "eve", "source": {"file": "/home/ada/x.txt", "separator": "/page/"}},
+                    {"name": "fay", "source": {"dataset": "org/set"}},
+                ],
+            }
+        )
+    )
+    told = shareable(text)
+    assert "/home" not in told
+    tables = tomllib.loads(told)
+    assert (tables["model"]["path"], tables["tokenizer"]["path"]) == ("org/tiny", "tokens")
+    assert (tables["data"]["shards"], tables["records"]["folder"]) == ("shards", "{name}")
+    sources = [next(iter(person["source"].values())) for person in tables["participants"]]
+    assert sources == ["a.jsonl", "set", "x.txt", "org/set"]
+    assert tables["participants"][2]["source"]["separator"] == "/page/"
+    assert shareable(told) == told

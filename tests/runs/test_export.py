@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shutil
+import tomllib
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -70,3 +72,27 @@ def test_an_export_of_an_earlier_round(potluck: Potluck, done: Path, tmp_path: P
     assert sum(float(tensor.double().sum()) for tensor in exported.values()) == pytest.approx(
         float(theta.double().sum())
     )
+
+
+def test_what_is_shown_to_others_says_nothing_of_this_machine(
+    potluck: Potluck, tables: Tables, done: Path, texts: Path, tmp_path: Path
+) -> None:
+    home = tmp_path / "home" / "ada lovelace"
+    shutil.copytree(done / "model", home / "base")
+    shutil.copytree(texts, home / "texts")
+    people = [{"name": "ada", "source": {"path": str(home / "texts" / "ada")}},
+              {"name": "bob", "source": {"path": str(home / "texts" / "bob"), "glob": "*.txt"}}]  # fmt: skip
+    own = {key: value for key, value in tables.items() if key != "tokenizer"}
+    recipe = potluck.recipe(own, model={"path": str(home / "base")}, participants=people,
+                            data={**tables["data"], "shards": str(home / "shards")},
+                            rounds={"count": 1, "local_steps": 1})  # fmt: skip
+    run = home / "run"
+    potluck("train", recipe, "--set", f"records.folder={run}")
+    shown = [path for path in (run / "model").rglob("*") if path.is_file()] + [*run.glob("report.*")]
+    assert len(shown) > 6
+    assert [str(path) for path in shown if b"lovelace" in path.read_bytes()] == []
+    exported = tomllib.loads((run / "model" / "recipe.toml").read_text())
+    assert exported["model"]["path"] == "base"
+    assert [p["source"]["path"] for p in exported["participants"]] == ["ada", "bob"]
+    assert 'base_model: "base"' in (run / "model" / "README.md").read_text()
+    assert str(home / "texts" / "ada") in (run / "recipe.toml").read_text()  # the run itself goes on from it

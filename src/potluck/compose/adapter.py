@@ -22,7 +22,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from potluck.errors import ModelError
-from potluck.files import storing, write_text
+from potluck.files import name_of, storing, write_text
 
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
@@ -148,7 +148,7 @@ def save_adapter(adapter: Adapter, folder: Path) -> None:
     config = {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
-        "base_model_name_or_path": adapter.base or None,
+        "base_model_name_or_path": name_of(adapter.base) if adapter.base else None,
         "r": rank,
         "lora_alpha": rank,
         "lora_dropout": 0.0,

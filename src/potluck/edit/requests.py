@@ -24,7 +24,7 @@ from potluck.edit.tuning import Tuning, fine_tune
 from potluck.edit.weights import Method, WeightEditor, WeightSettings, weight_editor
 from potluck.edit.wise import WiseSettings, wise_memory
 from potluck.errors import EditError, RecipeError, StorageError
-from potluck.files import appearing, storing, write_text
+from potluck.files import appearing, name_of, storing, write_text
 
 IN_WEIGHTS = ("rome", "memit", "alphaedit")
 BESIDE = ("grace", "wise")
@@ -147,7 +147,8 @@ def _finished(
     save(request.out)
     found = {"model": str(request.out), "method": request.method, "layers": list(layers), **found}
     with storing(request.out):
-        write_text(request.out / REPORT, json.dumps(found, indent=1, ensure_ascii=False) + "\n")
+        told = {**found, "model": name_of(request.out)}
+        write_text(request.out / REPORT, json.dumps(told, indent=1, ensure_ascii=False) + "\n")
     return found
 
 

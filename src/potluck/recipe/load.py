@@ -6,7 +6,7 @@ import difflib
 import hashlib
 import json
 import tomllib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, get_args
 
@@ -15,11 +15,14 @@ from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
 from potluck.errors import RecipeError
+from potluck.files import name_of
 from potluck.recipe.schema import Recipe
 
 # A table of alternatives is replaced as a whole: half a model folder and half a preset mean nothing.
 _WHOLE_TABLES = {"source", "model", "split"}
+_ELSEWHERE = "# Files and folders of the machine that this ran on are here by name only.\n\n"
 _PATH_KEYS = {"path", "jsonl", "file", "predicts_with", "edits", "edit_secret", "secret", "decisions"}
+_MAYBE_PATHS = {"dataset", "folder", "shards"}
 
 
 def load_recipe(path: str | Path, settings: Sequence[str] = ()) -> Recipe:
@@ -57,6 +60,13 @@ def recipe_toml(recipe: Recipe) -> str:
     return tomli_w.dumps(recipe.model_dump(mode="json", exclude_none=True))
 
 
+def shareable(text: str) -> str:
+    """A recipe file as other people get it: files and folders of this machine by their names alone."""
+    raw = tomllib.loads(text)
+    told = renamed_paths(raw, name_of)
+    return text if told == raw else _ELSEWHERE + tomli_w.dumps(told)
+
+
 def recipe_hash(recipe: Recipe) -> str:
     """SHA-256 of all that decides a run's numbers: not of where things lie or on what it computes.
 
@@ -76,7 +86,7 @@ def _deciding(recipe: Recipe) -> Any:
     if recipe.editing is None:
         del content["editing"]
     content["engine"] = {"kind": recipe.engine.kind}  # how messages travel does not change what they say
-    return _without_paths(content)
+    return renamed_paths(content, lambda _: "")
 
 
 def _flat(value: Any, key: str) -> Iterator[tuple[str, Any]]:
@@ -121,14 +131,15 @@ def absolute_paths(value: Any, folder: Path, key: str = "") -> Any:
     return value
 
 
-def _without_paths(value: Any) -> Any:
+def renamed_paths(value: Any, called: Callable[[str], str]) -> Any:
+    """A recipe's tables with another name for every path in them."""
     if isinstance(value, dict):
-        return {k: "" if _is_path(k, v) else _without_paths(v) for k, v in value.items()}
-    return [_without_paths(v) for v in value] if isinstance(value, list | tuple) else value
+        return {k: called(v) if _is_path(k, v) else renamed_paths(v, called) for k, v in value.items()}
+    return [renamed_paths(v, called) for v in value] if isinstance(value, list | tuple) else value
 
 
 def _is_path(key: str, value: Any) -> bool:
-    return key in _PATH_KEYS or (key == "dataset" and Path(str(value)).is_absolute())
+    return key in _PATH_KEYS or (key in _MAYBE_PATHS and Path(str(value)).is_absolute())
 
 
 def _merge(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:

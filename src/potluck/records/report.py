@@ -9,11 +9,13 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from potluck.files import write_text
+from potluck.files import without_folders, write_text
+from potluck.recipe.load import shareable
 from potluck.records.card import command_of
 from potluck.records.charts import PALETTE, RIVAL, STRONG, Line, Panel, draw_svg
 from potluck.records.curves import (
     Comparison,
+    EvaluationRecord,
     RunRecord,
     comparison_headline,
     is_comparison,
@@ -76,7 +78,7 @@ def run_data(run: RunRecord, recipe: str) -> dict[str, Any]:
         "seconds": _time_split(run),
         "participants": [_participant_data(run, name) for name in _names(run)],
         "trouble": _trouble(run),
-        "evaluations": [asdict(item) for item in run.evaluations],
+        "evaluations": [_evaluation_data(item) for item in run.evaluations],
         "training_loss": [
             {"round": number, "tokens": tokens, "nats_per_token": loss}
             for number, tokens, loss in _training_loss(run, None)
@@ -149,13 +151,20 @@ def _epochs(run: RunRecord, name: str) -> float:
     return trained / sum(held) if sum(held) else 0.0
 
 
+def _evaluation_data(item: EvaluationRecord) -> dict[str, Any]:
+    return asdict(item) | {"missing": {name: without_folders(why) for name, why in item.missing.items()}}
+
+
 def _trouble(run: RunRecord) -> list[dict[str, Any]]:
     found = [(item.round, item.participant, item.status, item.reason) for item in run.contributions]
     found += [
         (item.round, name, "not evaluated", why) for item in run.evaluations for name, why in item.missing.items()
     ]
-    keys = ("round", "participant", "status", "reason")
-    return [dict(zip(keys, item, strict=True)) for item in sorted(found) if item[2] != "ok"]
+    return [
+        {"round": number, "participant": name, "status": status, "reason": without_folders(reason or "")}
+        for number, name, status, reason in sorted(found)
+        if status != "ok"
+    ]
 
 
 def _names(run: RunRecord) -> list[str]:
@@ -273,6 +282,6 @@ def _with_pooled(folder: Path) -> bool:
 
 def _recipe_text(folder: Path) -> str:
     try:
-        return (folder / "recipe.toml").read_text(encoding="utf-8", errors="replace")
-    except (FileNotFoundError, NotADirectoryError):
+        return shareable((folder / "recipe.toml").read_text(encoding="utf-8", errors="replace"))
+    except (FileNotFoundError, NotADirectoryError, ValueError):
         return ""

@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from potluck.errors import ModelError, StorageError
-from potluck.files import storing, write_text
+from potluck.files import name_of, storing, write_text
 
 WEIGHTS_FILE = "deferral.safetensors"
 ABOUT_FILE = "deferral.json"
@@ -71,12 +71,13 @@ def save_deferral(deferral: Deferral, folder: Path) -> None:
     """
     if folder.exists():
         raise StorageError(f"{folder}: there is something here already", "name a new folder")
+    figures = {name_of(place): nats for place, nats in deferral.figures.get("nats_per_token", {}).items()}
     about = {
         "format": _FORMAT,
         "base_hash": deferral.base_hash,
-        "assistants": deferral.assistants,
+        "assistants": [name_of(place) for place in deferral.assistants],
         "threshold": deferral.threshold,
-        "figures": dict(deferral.figures),
+        "figures": {**deferral.figures, **({"nats_per_token": figures} if figures else {})},
     }
     partial = folder.with_name(f".{folder.name}.partial")
     with storing(folder):

@@ -19,7 +19,7 @@ from potluck.compose.merging.rules import RULES, Rule, even_weights
 from potluck.compose.merging.shards import StoredTensor, created, opened
 from potluck.compose.merging.streaming import Stack, merge_all
 from potluck.errors import RecipeError
-from potluck.files import appearing, storing, write_text
+from potluck.files import appearing, name_of, storing, write_text
 from potluck.models.check import Checked, checked_folder
 from potluck.models.folder import copy_generation_config, copy_tokenizer
 
@@ -79,9 +79,9 @@ def merge_models(
             check_same_tensors(first, reference, folder, tensors)
         facts = {
             **_said(method),
-            "models": [str(folder) for folder in folders],
+            "models": [name_of(folder) for folder in folders],
             "weights": votes.tolist(),
-            "base": None if base is None else str(base),
+            "base": None if base is None else name_of(base),
             **_size(reference),
         }
         with created(being_written, reference, max_shard_bytes) as merged:

@@ -23,7 +23,7 @@ from potluck.compose.merging.adapters import ADAPTER_METHODS, MEASURED, merge_ad
 from potluck.compose.merging.models import MODEL_METHODS, merge_models
 from potluck.compose.statistics import load_statistics
 from potluck.errors import ModelError, RecipeError
-from potluck.files import appearing, storing, write_text
+from potluck.files import appearing, name_of, storing, write_text
 from potluck.models.export import save_like
 
 FLAGS = {"scale": "--lambda"}  # of settings whose option is not called as they are
@@ -135,7 +135,7 @@ def _merged_adapters(request: Request) -> dict[str, Any]:
         doubts = [doubt for folder, adapter in parts for doubt in without_effect(adapter, str(folder))]
     else:
         doubts = [doubt for folder, adapter in parts for doubt in check_adapter(base, adapter, str(folder))]
-    sources = [{"folder": str(folder), "sha256": _sha256(folder / WEIGHTS_FILE)} for folder in request.parts]
+    sources = [{"folder": name_of(folder), "sha256": _sha256(folder / WEIGHTS_FILE)} for folder in request.parts]
     effect: dict[str, Any] = {}
     look = None if base is None or request.data is None else _Look.at(base, request.data)
     with appearing(request.out) as folder:

@@ -16,6 +16,7 @@ from potluck.engine.nats.coordinator import END, Post
 from potluck.engine.nats.frames import Frame, read_frame, signed
 from potluck.engine.nats.subjects import COORDINATOR, token
 from potluck.errors import AlreadyServed, EngineError, PotluckError
+from potluck.files import without_folders
 from potluck.recipe.engine import Nats
 
 MAX_VOCABULARY_BYTES = 1 << 27
@@ -96,8 +97,8 @@ class Site:
         threading.Thread(target=self._beat, name="potluck-heartbeat", daemon=True).start()
 
     def say(self, **facts: Any) -> None:
-        """Change what the signs of life say, and send one."""
-        self._said |= facts
+        """Change what the signs of life say, and send one; where something lies on this machine is not said."""
+        self._said |= {key: without_folders(value) if key == "reason" else value for key, value in facts.items()}
         self._changed.set()
 
     def next(self, wait: float) -> Received | None:
@@ -168,7 +169,7 @@ class Site:
         post = self.post
         facts: dict[str, Any] = {"run": post.names.run, "task": name, "from": self.name}
         if contribution is None:
-            frame = signed(post.seed, {**facts, "status": "failed", "reason": reason})
+            frame = signed(post.seed, {**facts, "status": "failed", "reason": without_folders(reason)})
             self._leaving(name, None, len(frame), hashlib.sha256(frame).hexdigest())
         else:
             packed: Packed = post.codec.pack(contribution)
