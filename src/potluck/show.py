@@ -73,6 +73,14 @@ def show_forecast(expected: Forecast) -> None:
     console.print("ok", style="green")
 
 
+def show_begun(begun: Mapping[str, Any]) -> None:
+    """What `potluck init` wrote, and what comes next."""
+    recipe, console = begun["recipe"], results()
+    console.print(f"recipe: {recipe}, of {', '.join(begun['participants'])}")
+    for verb in ("check", "local"):
+        console.print(f"  potluck {verb} {recipe}")
+
+
 def show_plan(plan: Plan) -> None:
     """Every setting in a grid of codecs and local steps, and the one to take."""
     console = results()

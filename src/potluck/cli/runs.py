@@ -32,9 +32,29 @@ from potluck.cli.options import (
     print_facts,
     print_result,
 )
-from potluck.terminal import progress, write_json
+from potluck.terminal import progress, warn, write_json
 
 verbs = typer.Typer()
+
+
+@verbs.command()
+def init(
+    name: Annotated[str, typer.Argument(metavar="NAME", help="Name of the run; the file is NAME.toml.")] = "first",
+    data: Annotated[
+        list[Path] | None, typer.Option(help="A participant's folder of text, or .jsonl file; a sample if left out.")
+    ] = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Write a recipe with comments that can be run at once."""
+    from potluck.beginning import begin
+    from potluck.show import show_begun
+
+    begun = begin(name, data or ())
+    if as_json:
+        write_json(begun)
+    else:
+        warn(begun["warnings"])
+        show_begun(begun)
 
 
 @verbs.command()
@@ -157,6 +177,17 @@ def host(
     pairs = [item.partition("=") for item in key or ()]
     hosting = Hosting(place=place, own_keys={name: public for name, _, public in pairs}, rotate=rotate or ())
     print_result(run(recipe, settings or (), hosting, progress()), as_json)
+
+
+@verbs.command()
+def local(recipe: RecipeArgument, settings: SetOption = None, as_json: JsonOption = False) -> None:
+    """Host a run and join it, on this machine: a process for the coordinator and one for each participant."""
+    from potluck.side_by_side import local as run
+
+    result, code = run(recipe, settings or (), progress().print)
+    if as_json or not code:
+        print_result(result, as_json)
+    raise typer.Exit(code)
 
 
 @verbs.command()

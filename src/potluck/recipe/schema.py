@@ -301,14 +301,14 @@ class Recipe(Table):
         return self.rounds.min_contributors or -(-self.asked_per_round // 2)
 
 
-_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
+NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 
 
 def _contradictions(recipe: Recipe) -> Iterator[str]:
     """Sentences that say which keys contradict each other."""
     names = recipe.participant_names
     for name in (recipe.name, *names):
-        if not _NAME.fullmatch(name):
+        if not NAME.fullmatch(name):
             yield f"name {name!r}: use 1 to 64 letters, digits, '.', '_' or '-'"
     if recipe.participants and recipe.data.split is not None:
         yield "participants and data.split: name the participants or split one source, not both"

@@ -161,13 +161,7 @@ class Server:
 
     def running(self) -> int | None:
         """Its process, if it is alive."""
-        try:
-            pid = int(self._pid.read_text())
-            command = Path(f"/proc/{pid}/cmdline").read_bytes()
-            state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
-        except (OSError, ValueError):
-            return None
-        return pid if str(self.settings.folder.absolute()).encode() in command and state != "Z" else None
+        return running_in(self.settings.folder)
 
     def reload(self) -> None:
         """Let it read its configuration again: users may have changed."""
@@ -221,6 +215,17 @@ class Server:
     def _reap(self) -> None:
         if self._process is not None:
             self._process.poll()
+
+
+def running_in(folder: Path) -> int | None:
+    """The process of the server that a coordinator has started in a folder, if it is alive."""
+    try:
+        pid = int((folder / "server.pid").read_text())
+        command = Path(f"/proc/{pid}/cmdline").read_bytes()
+        state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+    except (OSError, ValueError):
+        return None
+    return pid if str(folder.absolute()).encode() in command and state != "Z" else None
 
 
 def _last_line(path: Path) -> str:
