@@ -23,7 +23,7 @@ from potluck.engine.nats.members import Members
 from potluck.engine.nats.premises import WATCHER
 from potluck.engine.nats.subjects import CHUNK_BYTES, COORDINATOR, Names
 from potluck.errors import EngineError, InviteError, PotluckError, Refused
-from potluck.terminal import results, table
+from potluck.terminal import results
 
 Found = dict[str, Any]
 _BANDWIDTH_CHUNKS = 8
@@ -32,20 +32,16 @@ _CLOCK_SECONDS = 60.0
 _DISK_BYTES = 1 << 30
 
 
-def run_status(folder: Path | None, invite_path: Path | None) -> Found:
-    """How far a run is, and who is there.
+def server_status(path: Path) -> Found:
+    """How far a hosted run is, and who is there, as its message server says.
 
     Args:
-        folder: A run folder on the coordinator's machine ...
-        invite_path: ... or the watcher's invite, elsewhere.
+        path: The watcher's invite.
 
     Raises:
-        InviteError: Neither, or an invite that is not the watcher's.
+        InviteError: It is not the watcher's.
         EngineError: The server cannot be reached.
     """
-    path = invite_path or (folder / "host" / "invites" / f"{WATCHER}.toml" if folder is not None else None)
-    if path is None:
-        raise InviteError("name a run folder, or the watcher's invite with --invite")
     invite = load_invite(path)
     if invite.participant != WATCHER:
         raise InviteError(f"{path}: is {invite.participant}'s; only the watcher's may look", "ask for watcher.toml")
@@ -64,22 +60,6 @@ def run_status(folder: Path | None, invite_path: Path | None) -> Found:
             "coordinator": progress,
             "participants": {name: members.facts(name) for name in participants},
         }
-
-
-def show_status(found: Found) -> None:
-    """A run's status as a table."""
-    progress = found["coordinator"]
-    console = results()
-    where = f"round {progress['round']} of {progress.get('rounds', '?')}" if "round" in progress else "not begun"
-    console.print(f"{found['recipe']} (run {found['run']}): {where}, last event {progress.get('event', 'none')}")
-    shown = table("participant", "presence", "task", "worked", "text", "device")
-    for name, facts in found["participants"].items():
-        holding, machine = facts.get("holding") or {}, facts.get("environment") or {}
-        tokens = f"{holding['train_tokens']:,} tokens" if "train_tokens" in holding else ""
-        worked = f"{facts['worked_seconds']:.0f} s" if "worked_seconds" in facts else ""
-        row = (name, facts["presence"], facts.get("task", ""), worked, tokens, machine.get("device", ""))
-        shown.add_row(*map(str, row))
-    console.print(shown)
 
 
 def examine_access(invite_path: Path, key: Path | None, folder: Path) -> Found:

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
 # Verbs and options are a promise: this list grows by decision, not by accident.
 VERBS = {
+    "init": ["NAME", "--data", "--json"],
     "check": ["RECIPE", "--set", "--json"],
     "plan": ["RECIPE", "--uplink", "--downlink", "--tokens-per-second", "--latency", "--set", "--plot", "--json"],
     "train": ["RECIPE", "--set", "--json"],
@@ -38,6 +39,7 @@ VERBS = {
         "--insecure-loopback",
         "--json",
     ],
+    "local": ["RECIPE", "--set", "--json"],
     "join": [
         "URL",
         "--invite",
@@ -55,7 +57,7 @@ VERBS = {
         "--ask",
         "--json",
     ],
-    "status": ["RUN", "--invite", "--json"],
+    "status": ["RUN", "--invite", "--watch", "--json"],
     "doctor": ["--invite", "--key", "--folder", "--json"],
     "evaluate": [
         "RUN_OR_MODEL",

@@ -39,7 +39,9 @@ def test_a_first_recipe_runs_as_processes(potluck: Potluck, tmp_path: Path, fina
     assert "there is something here already" in potluck("init", code=8).err
     short = ("--set", "rounds.count=1", "--set", "rounds.local_steps=2", "--set", "data.train_bytes=20000",
              "--set", "data.validation_bytes=4000")  # fmt: skip
-    ended = potluck("local", "first.toml", *short, "--set", f"records.folder={tmp_path / 'run'}", "--json")
+    run = ("--set", f"records.folder={tmp_path / 'run'}", "--json")
+    ended = potluck.start("local", "first.toml", *short, *run).wait(300)
+    assert ended.code == 0, ended.err
     for name in ("ada", "ben"):
         assert "round 1 of 1" in Path(ended.result["logs"][name]).read_text()
         assert (tmp_path / "run" / "local" / name / "sent.jsonl").exists()
@@ -60,19 +62,20 @@ def test_ctrl_c_ends_all_and_the_same_command_goes_on(
     while not events(tmp_path / "run", "round"):
         assert not run.ends_within(0.05), run.err.read_text()
     run.signal(signal.SIGINT)
-    stopped = run.wait(60)
+    stopped = run.wait(300)
     assert stopped.code == 130 and "the same command goes on" in stopped.result["hint"], stopped.err
     assert left_behind(tmp_path / "run") == []
     done = len(events(tmp_path / "run", "round"))
     assert 1 <= done < 30
-    assert potluck(*words).result["rounds"] == 30
+    assert potluck.start(*words).wait(300).result["rounds"] == 30
     assert len(events(tmp_path / "run", "run_resumed")) == 1 and left_behind(tmp_path / "run") == []
 
 
 def test_whoever_cannot_begin_ends_all(potluck: Potluck, tables: Tables, tmp_path: Path) -> None:
     people = [*tables["participants"][:1], {"name": "bob", "source": {"path": str(tmp_path / "nowhere")}}]
     recipe = potluck.recipe({**tables, "participants": people})
-    ended = potluck("local", recipe, "--set", f"records.folder={tmp_path / 'run'}", "--json", code=4)
+    ended = potluck.start("local", recipe, "--set", f"records.folder={tmp_path / 'run'}", "--json").wait(300)
+    assert ended.code == 4
     assert "bob left with exit code 4" in ended.result["error"] and "nowhere" in ended.result["error"]
     assert left_behind(tmp_path / "run") == []
     people = [{"name": "ada"}]

@@ -153,7 +153,8 @@ def test_status_and_doctor_look_from_another_terminal(
         return {name: facts["presence"] for name, facts in found["participants"].items()}
 
     hosted.until(lambda: presence() == {"ada": "ready", "bob": "absent", "eve": "absent"})
-    assert "ready" in potluck("status", tmp_path / "run").out
+    here = potluck("status", tmp_path / "run").out
+    assert "ready" in here and "waiting for participants" in here
     found = potluck("doctor", "--invite", hosted.invite("bob"), "--json").result
     assert found["ok"] and [f["test"] for f in found["findings"]] == [
         "disk", "reachability", "TLS", "key", "permissions", "clock", "bandwidth"
@@ -163,6 +164,9 @@ def test_status_and_doctor_look_from_another_terminal(
     assert [f["test"] for f in found["findings"] if not f["ok"]] == ["reachability"]
     hosted.coordinator.signal(signal.SIGTERM)  # and with it the server
     assert hosted.coordinator.wait().code == 130
+    assert "stopped" in potluck("status", tmp_path / "run").out
+    refused = potluck("status", "--invite", hosted.folder / "host" / "invites" / "bob.toml", code=12).err
+    assert "is bob's; only the watcher's may look" in refused
 
 
 def test_own_keys_and_rotation(potluck: Potluck, tables: Tables, sources: dict[str, Any], tmp_path: Path) -> None:

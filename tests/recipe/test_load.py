@@ -300,3 +300,28 @@ def test_a_shared_recipe_names_no_place_of_this_machine() -> None:
     assert sources == ["a.jsonl", "set", "x.txt", "org/set"]
     assert tables["participants"][2]["source"]["separator"] == "/page/"
     assert shareable(told) == told
+
+
+@pytest.mark.parametrize(
+    ("settings", "says"),
+    [
+        (["model={preset='tiny'}", "model.layers=3"], "model.layers: does not go with model.preset"),
+        (["model={preset='tiny', path='x'}"], "model.path: does not go with model.preset"),
+        (["engine.heartbeat=3"], "engine.heartbeat: goes with kind = 'nats', not with 'inprocess'"),
+        (["local.optimizer.momentum=0.5"], "goes with kind = 'muon', 'sgd', not with 'adamw'"),
+        (["batch_size=3"], "batch_size: unknown key; did you mean local.batch_size?"),
+        (["local.kind='x'"], "local.kind: unknown key; this table has batch_size"),
+        (["rounds.wheels=3"], "rounds.wheels: unknown key; this table has count"),
+    ],
+)
+def test_a_key_out_of_place_is_told_its_place(recipe_file: Path, settings: list[str], says: str) -> None:
+    """Never by the key that was written, and not by one that is merely called the same somewhere."""
+    with pytest.raises(RecipeError) as error:
+        load_recipe(recipe_file, settings)
+    assert says in str(error.value)
+
+
+def test_a_table_without_kind_is_of_the_default_kind(recipe_file: Path) -> None:
+    recipe = load_recipe(recipe_file, ["local.optimizer.learning_rate=1e-3", "outer.momentum=0.5"])
+    assert (recipe.local.optimizer.kind, recipe.local.optimizer.learning_rate) == ("adamw", 1e-3)
+    assert (recipe.outer.kind, recipe.outer.momentum) == ("sgd", 0.5)

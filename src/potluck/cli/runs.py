@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Annotated
 
@@ -229,20 +230,23 @@ def join(
 @verbs.command()
 def status(
     run: Annotated[
-        Path | None, typer.Argument(metavar="RUN", help="A run folder on the coordinator's machine.")
+        Path | None, typer.Argument(metavar="RUN", help="A run folder; of a hosted run, on the coordinator's machine.")
     ] = None,
     invite: Annotated[Path | None, typer.Option(help="The watcher's invite, elsewhere.")] = None,
+    watch: Annotated[bool, flag("--watch", help="Look again and again until the run ends.")] = False,
     as_json: JsonOption = False,
 ) -> None:
-    """Who is there, and how far the run is; from any terminal, or with the watcher's invite from any machine."""
-    from potluck.looking import run_status
-    from potluck.looking import show_status as show
+    """How far a run is, and who is there; of a run that goes on or is over, here or elsewhere."""
+    from potluck.status import follow, run_status, shown
+    from potluck.terminal import results
 
-    found = run_status(run, invite)
-    if as_json:
-        write_json(found)
+    if watch:
+        tell = (lambda found: typer.echo(json.dumps(found))) if as_json else None
+        follow(lambda: run_status(run, invite), tell)
+    elif as_json:
+        write_json(run_status(run, invite))
     else:
-        show(found)
+        results().print(shown(run_status(run, invite)))
 
 
 @verbs.command()

@@ -56,6 +56,9 @@ def folder_config(folder: Path) -> dict[str, Any]:
     Raises:
         ModelError: It is not there or not JSON.
     """
+    if not folder.exists():
+        hint = "was it moved? Name its new place: `model.path` in the recipe, of a run in the recipe.toml of its folder"
+        raise ModelError(f"{folder}: there is no such model folder", hint)
     try:
         config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:

@@ -6,7 +6,7 @@ import difflib
 import hashlib
 import json
 import tomllib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, get_args
 
@@ -21,6 +21,7 @@ from potluck.recipe.schema import Recipe
 # A table of alternatives is replaced as a whole: half a model folder and half a preset mean nothing.
 _WHOLE_TABLES = {"source", "model", "split"}
 _ELSEWHERE = "# Files and folders of the machine that this ran on are here by name only.\n\n"
+_NEAR = 0.7  # of difflib: "batch_sise" is near "batch_size", "wheels" is not near "seed"
 _PATH_KEYS = {"path", "jsonl", "file", "predicts_with", "edits", "edit_secret", "secret", "decisions"}
 _MAYBE_PATHS = {"dataset", "folder", "shards"}
 
@@ -48,11 +49,28 @@ def parse_recipe(raw: dict[str, Any], where: str = "recipe") -> Recipe:
         RecipeError: naming every fault, with the key that was probably meant.
     """
     try:
-        return Recipe.model_validate(raw)
+        return Recipe.model_validate(_with_kinds(raw, Recipe))
     except ValidationError as error:
         faults = [explain(fault) for fault in error.errors(include_url=False)]
         shown = faults[0] if len(faults) == 1 else "".join(f"\n  - {fault}" for fault in faults)
         raise RecipeError(f"{where}: {shown}", "docs/reference/recipe.md lists every key") from None
+
+
+def _with_kinds(raw: Any, table: type[BaseModel]) -> Any:
+    """What is written without a ``kind`` is of the default's, where there is one."""
+    if not isinstance(raw, dict):
+        return raw
+    whole = dict(raw)
+    for name, field in table.model_fields.items():
+        value, options = raw.get(name), tables_in(field.annotation)
+        if not isinstance(value, dict) or not options:
+            continue
+        usual = getattr(field.default, "kind", None)
+        if usual is not None and "kind" not in value:
+            value = {"kind": usual, **value}
+        chosen = options if len(options) == 1 else [o for o in options if _has_tag(o, value.get("kind", ""))]
+        whole[name] = _with_kinds(value, chosen[0]) if len(chosen) == 1 else value
+    return whole
 
 
 def recipe_toml(recipe: Recipe) -> str:
@@ -198,10 +216,11 @@ def _follow(raw: Any, parts: Sequence[str]) -> Any:
 
 def explain(fault: ErrorDetails, root: type[BaseModel] = Recipe) -> str:
     """One fault as a sentence that names the key as the user wrote it."""
-    tables, where = _tables_along(fault["loc"], root)
+    tables, where, others = _tables_along(fault["loc"], root)
     message = fault["msg"].removeprefix("Value error, ")
     if fault["type"] == "extra_forbidden":
-        return f"{where}: unknown key{_suggest(str(fault['loc'][-1]), tables[-1])}"
+        key = str(fault["loc"][-1])
+        return f"{where}: {_of_another(key, where, tables[-1], others) or f'unknown key{_suggest(key, tables[-1])}'}"
     if fault["type"] == "missing":
         return f"{where}: must be given"
     if fault["type"] == "union_tag_not_found":
@@ -219,17 +238,34 @@ def explain(fault: ErrorDetails, root: type[BaseModel] = Recipe) -> str:
 
 
 def _closest(word: str, among: str) -> str:
-    close = difflib.get_close_matches(word, [part.strip("' ") for part in among.replace(" or ", ",").split(",")], 1)
-    return f"; did you mean {close[0]!r}?" if close else ""
+    close = _near(word, [part.strip("' ") for part in among.replace(" or ", ",").split(",")])
+    return f"; did you mean {close!r}?" if close else ""
+
+
+def _near(word: str, among: Iterable[str]) -> str | None:
+    """A word that may have been meant; never the one that was written."""
+    return next(iter(difflib.get_close_matches(word, [other for other in among if other != word], 1, _NEAR)), None)
+
+
+def _of_another(key: str, where: str, table: type[BaseModel], others: Sequence[type[BaseModel]]) -> str:
+    """Why a key that goes with another form of a table does not go with this one; empty if it is in none."""
+    owners = [other for other in others if key in other.model_fields]
+    if not owners:
+        return ""
+    kind = table.model_fields.get("kind")
+    if kind is not None:
+        theirs = ", ".join(repr(owner.model_fields["kind"].default) for owner in owners)
+        return f"goes with kind = {theirs}, not with {kind.default!r}"
+    mark = next(iter(table.model_fields))
+    return f"does not go with {where.removesuffix(key)}{mark}: leave one of them out"
 
 
 def _suggest(key: str, table: type[BaseModel]) -> str:
-    close = difflib.get_close_matches(key, table.model_fields, 1)
-    if close:
-        return f"; did you mean {close[0]!r}?"
-    elsewhere = [path for path, name in _all_keys(Recipe, "") if name == key]
-    if elsewhere:
-        return f"; did you mean {elsewhere[0]}?"
+    if close := _near(key, table.model_fields):
+        return f"; did you mean {close!r}?"
+    elsewhere = {path for path, name in _all_keys(Recipe, "") if name == key}
+    if len(elsewhere) == 1:  # of several, none is likelier than another
+        return f"; did you mean {elsewhere.pop()}?"
     return f"; this table has {', '.join(table.model_fields)}"
 
 
@@ -247,10 +283,13 @@ def tables_in(annotation: Any) -> list[type[BaseModel]]:
     return [table for inner in get_args(annotation) for table in tables_in(inner)]
 
 
-def _tables_along(loc: Sequence[str | int], root: type[BaseModel]) -> tuple[list[type[BaseModel]], str]:
-    """The tables a fault's location passes, and the location without pydantic's union tags."""
+def _tables_along(
+    loc: Sequence[str | int], root: type[BaseModel]
+) -> tuple[list[type[BaseModel]], str, list[type[BaseModel]]]:
+    """The tables a fault's location passes, the location without pydantic's union tags, and the last's alternatives."""
     tables: list[type[BaseModel]] = [root]
     options: list[type[BaseModel]] = []
+    others: list[type[BaseModel]] = []
     shown: list[str] = []
     for part in loc:
         if isinstance(part, int):
@@ -258,14 +297,16 @@ def _tables_along(loc: Sequence[str | int], root: type[BaseModel]) -> tuple[list
         elif len(options) > 1:  # this part is the tag that chose among them
             chosen = [o for o in options if _has_tag(o, part)]
             tables.append((chosen or options)[0])
-            options = []
+            others, options = [o for o in options if o is not tables[-1]], []
         else:
             shown.append(part)
             field = tables[-1].model_fields.get(part)
             options = tables_in(field.annotation) if field else []
+            if options:
+                others = []
             if len(options) == 1:
                 tables.append(options[0])
-    return tables, ".".join(shown)
+    return tables, ".".join(shown), others
 
 
 def _has_tag(table: type[BaseModel], tag: str) -> bool:

@@ -51,7 +51,7 @@ def locked(folder: Path) -> Iterator[None]:
     Raises:
         RunFolderError: Another process holds it.
     """
-    lock = FileLock(folder / "lock", timeout=0)
+    lock = FileLock(folder / "lock", timeout=0.5)  # `in_use` may hold it for an instant
     with storing(folder):
         folder.mkdir(parents=True, exist_ok=True)
         try:
@@ -62,6 +62,19 @@ def locked(folder: Path) -> Iterator[None]:
         yield
     finally:
         lock.release()
+
+
+def in_use(folder: Path) -> bool:
+    """Whether a process holds the folder now; this one holds it for an instant to find out."""
+    if not (folder / "lock").exists():
+        return False
+    try:
+        with FileLock(folder / "lock", timeout=0):
+            return False
+    except Timeout:
+        return True
+    except OSError:  # a folder that nobody can write to
+        return False
 
 
 def create_run(folder: Path, recipe: Recipe, variant: Variant) -> None:
