@@ -1,7 +1,9 @@
 from __future__ import annotations
 
+import html
 import re
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 from potluck.records.card import model_card
@@ -39,3 +41,17 @@ def test_card_of_a_run_alone_names_its_trainer_only(tmp_path: Path, make_run: Ca
     assert "trained by one participant" in card
     assert "| pip | 31 |" in card
     assert "| numpy | 30 |" not in card
+
+
+def test_names_are_data(run_folder: Path) -> None:
+    from markdown_it import MarkdownIt
+
+    odd = "_a_ [x](//evil.example) <script> `b` | *c* & ~~d~~ # $e$ a_b !"
+    record = replace(read_run(run_folder), environment={"device": odd}, name=odd)
+    card = model_card(record, "", base_model=odd)
+    page = MarkdownIt("commonmark").enable(["table", "strikethrough"]).render(card[card.index("\n---\n") + 5 :])
+    shown = html.escape(odd, quote=False)
+    assert f"<h1>{shown}</h1>" in page
+    assert f'<td>device</td>\n<td style="text-align:right">{shown}</td>' in page
+    assert f"started from {shown}." in page
+    assert not re.search("<(script|em|code>b|a |s>)", page)

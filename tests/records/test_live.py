@@ -87,6 +87,7 @@ def test_terminal_view_with_a_prefix_leaves_one_line(tmp_path: Path, make_run: C
     console = results(file=io.StringIO(), force_terminal=True, width=80, height=24, record=True)
     with view(console, "demo", prefix="alone pip") as shown:
         make_run(tmp_path / "run", "alone", ("pip",), listeners=(shown,))
+    assert not re.search(r"\b(up|down)\b", console.export_text(clear=False))  # nothing travels
     assert "alone pip  finished  4 rounds  81.9k tokens  40s  held-out 2.60 bits/byte" in console.export_text()
 
 

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 import sys
 from html.parser import HTMLParser
 from pathlib import Path
@@ -86,7 +87,53 @@ def test_page_stands_alone(fixture: str, request: pytest.FixtureRequest, tmp_pat
     assert "&lt;script src=//evil.example/x.js&gt;" in page
     assert "\x1b" not in page
     assert str(tmp_path) not in page
-    assert page.count("<svg ") == {"run_folder": 2, "comparison_folder": 3}[fixture]
+    charts = {"run_folder": 2, "comparison_folder": 3}[fixture]
+    for size in ("broad", "narrow"):  # each for a wide screen and for a phone
+        assert page.count(f'class="chart {size}" role="img" aria-label="') == charts
+    ids = re.findall(r' id="([^"]+)"', page)
+    assert len(ids) == len(set(ids))
+
+
+@pytest.mark.parametrize("fixture", ["run_folder", "comparison_folder"])
+def test_tables_tell_what_they_hold(fixture: str, request: pytest.FixtureRequest) -> None:
+    page = write_report(request.getfixturevalue(fixture)).read_text()
+    tables = re.findall(r"<table>.*?</table>", page, re.DOTALL)
+    assert len(tables) > 2
+    for table in tables:
+        assert table.startswith("<table><caption>")
+        assert not re.search(r"<th(?! scope=\"(row|col)\")[ >]", table)
+        rows = re.findall(r"<tr[^>]*>(.*?)</tr>", table)
+        assert all(row.startswith('<th scope="') for row in rows)
+        wide = rows[0].count("</th>") > 4
+        hint = "Wider than this screen"
+        assert (hint in page[: page.index(table)][-220:]) == wide
+    assert page.count('<div class="wide" tabindex="0" role="region" aria-label="') == len(tables)
+    narrow = page[page.index("@media (max-width: 40rem)") : page.index("@media print")]
+    assert ".chart.broad { display: none; }" in narrow and ".hint, .chart.narrow { display: block; }" in narrow
+
+
+def test_phones_get_letters_that_can_be_read(run_folder: Path) -> None:
+    """10 points stay 10 or more on a screen of 390 px: the drawing is as wide as the screen, or less."""
+    page = write_report(run_folder).read_text()
+    widths = [float(w) for w in re.findall(r'viewBox="0 0 ([0-9.]+) [0-9.]+"[^>]*chart narrow', page)]
+    widths += [float(w) for w in re.findall(r'chart narrow"[^>]*viewBox="0 0 ([0-9.]+) ', page)]
+    assert len(widths) == 2 and max(widths) <= 390 - 2 * 16
+
+
+def test_bold_is_the_best_of_what_is_shown(comparison_folder: Path) -> None:
+    page = write_report(comparison_folder).read_text()
+    assert re.findall(r'class="best">([0-9.]+)<', page) == ["2.300", "1.900", "2.800", "2.400"]
+    shutil.rmtree(comparison_folder / "pooled")
+    page = write_report(comparison_folder).read_text()
+    assert re.findall(r'class="best">([0-9.]+)<', page) == ["2.500", "2.000", "2.900", "2.900", "2.600"]
+
+
+def test_a_run_alone_reports_no_traffic(comparison_folder: Path) -> None:
+    page = write_report(comparison_folder / "alone" / "pip").read_text()
+    data = json.loads((comparison_folder / "alone" / "pip" / "report.json").read_text())
+    assert data["up_bytes"] is data["down_bytes"] is data["participants"][0]["up_bytes"] is None
+    assert "nothing: it is alone" in page
+    assert not re.search(r">(up|down|sent up|sent down)<", page)
 
 
 def test_recipe_is_escaped(run_folder: Path) -> None:

@@ -13,6 +13,8 @@ from potluck.records.units import bytes_text, count_text, one_line
 
 _BLOCKS = "▁▂▃▄▅▆▇█"
 _MOST_POINTS = 60
+# What begins something in Markdown or HTML; an underscore inside a word does not.
+_MARKS = re.compile(r"[\\`*\[\]<>|&~$#!]|(?<![^\W_])_|_(?![^\W_])")
 _VARIANTS = {
     "together": "trained by {count} participants, each on its own text, by combining their weight updates",
     "alone": "trained by one participant on its own text",
@@ -35,12 +37,12 @@ def model_card(
     how = _VARIANTS.get(record.variant, record.variant).format(count=len(record.trainers))
     sections = [
         _front_matter(base_model),
-        f"# {one_line(record.name)}",
+        f"# {_data(record.name)}",
         f"A causal language model of {count_text(record.parameters)} parameters"
         + (f" beside {count_text(frozen)} frozen ones" if frozen else "")
         + f", {how}, with potluck {record.potluck}. It was trained on {count_text(record.total_tokens)} tokens in "
         f"{len(record.rounds)} of {record.planned_rounds} rounds"
-        + (f" and started from {one_line(base_model)}." if base_model else "."),
+        + (f" and started from {_data(base_model)}." if base_model else "."),
         _load(ours),
         _participants(record),
         _held_out(record),
@@ -76,7 +78,7 @@ def _participants(record: RunRecord) -> str:
         trained[item.participant] = trained.get(item.participant, 0) + item.tokens
     held = [item for item in record.participants if record.variant == "pooled" or item.name in record.trainers]
     rows = [
-        (item.name, f"{item.train_documents:,}", bytes_text(item.train_bytes), count_text(item.train_tokens))
+        (_data(item.name), f"{item.train_documents:,}", bytes_text(item.train_bytes), count_text(item.train_tokens))
         + ((count_text(trained[item.name]),) if item.name in trained else ("-",))
         for item in held
     ]
@@ -88,7 +90,7 @@ def _held_out(record: RunRecord) -> str:
     if not record.evaluations:
         return ""
     last = record.evaluations[-1]
-    rows = [(name, *_measures(value)) for name, value in last.participants.items()]
+    rows = [(_data(name), *_measures(value)) for name, value in last.participants.items()]
     if last.union:
         rows.append(("**all of these**" if last.missing else "**all**", *_measures(last.union)))
     known = record.union_curve
@@ -96,7 +98,7 @@ def _held_out(record: RunRecord) -> str:
     if len(known) > 1:
         line = f"\n\nOver the run: `{_sparkline(known)}` from {known[0]:.3f} to {known[-1]:.3f} bits per byte."
     table = _table(("held-out text of", "bytes", "bits per byte"), rows)
-    without = f" Not measured: {', '.join(map(one_line, last.missing))}." if last.missing else ""
+    without = f" Not measured: {', '.join(map(_data, last.missing))}." if last.missing else ""
     return f"## Held-out text\n\nAfter round {last.round}; lower is better.{without}\n\n{table}{line}"
 
 
@@ -147,7 +149,7 @@ def _recipe(record: RunRecord, recipe_toml: str) -> str:
 def _versions(record: RunRecord) -> str:
     rows = [("potluck", record.potluck), *((key, str(value)) for key, value in record.environment.items())]
     rows += [("recipe hash", record.recipe_hash), ("state hash", record.state_hash or "not finished")]
-    return "## Versions\n\n" + _table(("", ""), rows)
+    return "## Versions\n\n" + _table(("", ""), [(_data(key), _data(value)) for key, value in rows])
 
 
 def _sparkline(values: Sequence[float]) -> str:
@@ -159,8 +161,9 @@ def _sparkline(values: Sequence[float]) -> str:
 
 def _table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     lines = [head, ["---", *("---:" for _ in head[1:])], *rows]
-    return "\n".join("| " + " | ".join(_cell(cell) for cell in line) + " |" for line in lines)
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
-def _cell(text: str) -> str:
-    return one_line(text).replace("|", "\\|")
+def _data(text: str) -> str:
+    """A name or a value as it is, whatever Markdown would make of it."""
+    return _MARKS.sub(r"\\\g<0>", one_line(text))

@@ -6,7 +6,7 @@ import io
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 from potluck.errors import MissingExtra
 
@@ -18,9 +18,9 @@ _INK = "#7f8081"  # becomes the page's text colour
 _GREY = "#8c8c8c"
 _STYLE: dict[Any, Any] = {
     "svg.fonttype": "none",
-    "svg.hashsalt": "potluck",
     "font.family": "sans-serif",
     "font.size": 10,
+    "text.parse_math": False,  # a name is a name
     "axes.edgecolor": _INK,
     "axes.labelcolor": _INK,
     "axes.titlecolor": _INK,
@@ -57,7 +57,14 @@ class Panel:
     lines: Sequence[Line]
 
 
-def draw_svg(panels: Sequence[Panel], columns: int, x_label: str, y_label: str, size: tuple[float, float]) -> str:
+def draw_svg(
+    panels: Sequence[Panel],
+    columns: int,
+    x_label: str,
+    y_label: str,
+    size: tuple[float, float],
+    legend: Literal["outside right upper", "outside upper left"] = "outside right upper",
+) -> str:
     """Draw panels side by side on common scales, with one legend.
 
     Args:
@@ -66,6 +73,7 @@ def draw_svg(panels: Sequence[Panel], columns: int, x_label: str, y_label: str, 
         x_label: A ``%`` in it leaves numbers as they are; else they are counts, as in ``1.5M``.
         y_label: For all panels.
         size: Width and height of one panel in inches.
+        legend: Where it stands; above or below, it is as wide as the figure allows.
 
     Raises:
         MissingExtra: matplotlib is not installed.
@@ -77,8 +85,9 @@ def draw_svg(panels: Sequence[Panel], columns: int, x_label: str, y_label: str, 
         raise MissingExtra("the report's curves need matplotlib", "pip install 'potluck[report]'") from None
     columns = min(columns, len(panels))
     rows = -(-len(panels) // columns)
-    with rc_context(_STYLE):
-        figure = Figure(figsize=(size[0] * columns, size[1] * rows), layout="constrained")
+    across = size[0] * columns
+    with rc_context({**_STYLE, "svg.hashsalt": f"{across} {y_label}"}):  # ids: one page has several sizes
+        figure = Figure(figsize=(across, size[1] * rows), layout="constrained")
         grid = figure.subplots(rows, columns, sharex=True, sharey=True, squeeze=False)
         for number, axes in enumerate(grid.flat):
             if number < len(panels):
@@ -90,8 +99,8 @@ def draw_svg(panels: Sequence[Panel], columns: int, x_label: str, y_label: str, 
         figure.supxlabel(x_label, fontsize=10)
         handles, labels = grid.flat[0].get_legend_handles_labels()
         if len(labels) > 1:
-            figure.legend(handles, labels, loc="outside right upper" if columns == 1 else "outside upper left",
-                          ncols=1 if columns == 1 else len(labels))  # fmt: skip
+            beside = "right" in legend
+            figure.legend(handles, labels, loc=legend, ncols=1 if beside else min(len(labels), max(2, int(across / 2))))
         text = io.StringIO()
         nothing = {"Date": None, "Creator": None, "Format": None, "Type": None}
         figure.savefig(text, format="svg", transparent=True, metadata=nothing)
@@ -115,10 +124,11 @@ def _fill_axes(axes: Any, panel: Panel, x_label: str) -> None:
 
 
 def _inline(svg: str) -> str:
-    """Only the ``svg`` element, without the ids of groups, in the page's own ink."""
+    """Only the ``svg`` element, without ids that nothing refers to, in the page's own ink."""
     svg = svg[svg.index("<svg") :]
     svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
-    svg = re.sub(r'<g id="[^"]*">', "<g>", svg)
+    used = set(re.findall(r"[(\"]#([^)\"]+)", svg))
+    svg = re.sub(r' id="([^"]*)"', lambda found: found[0] if found[1] in used else "", svg)
     svg = re.sub(r'(<svg [^>]*?)width="[^"]*"', r'\1class="chart"', svg, count=1)
     svg = re.sub(r'(<svg [^>]*?) height="[^"]*"', r"\1", svg, count=1)
     return svg.replace(_INK, "currentColor").strip()

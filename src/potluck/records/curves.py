@@ -13,6 +13,7 @@ from potluck.errors import CheckpointError, RunFolderError
 from potluck.records.events import SCHEMA, Event, read_events
 
 T = TypeVar("T")
+LONE = ("alone", "pooled")  # kinds of run with one trainer in one place: nothing travels, whatever is counted
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -274,6 +275,13 @@ def summary_table(comparison: Comparison) -> Summary:
             "pooled": pooled.total_tokens if pooled else None,
         },
     )
+
+
+def lowest(row: SummaryRow) -> str:
+    """The best of a row's numbers as it is shown, to three digits; empty if there is but one."""
+    found = [row["alone"], row["together"], row["pooled"], row["best_alone"]]
+    known = [value for value in found if value is not None]
+    return f"{min(known):.3f}" if len(known) > 1 else ""
 
 
 def comparison_headline(summary: Summary) -> str:

@@ -17,7 +17,7 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
-from potluck.records.curves import Summary, SummaryRow
+from potluck.records.curves import LONE, Summary, SummaryRow, lowest
 from potluck.records.events import Event
 from potluck.records.units import bytes_text, count_text, duration_text, one_line
 from potluck.terminal import table
@@ -65,6 +65,11 @@ class _Standing:
     @property
     def planned(self) -> int:
         return int(self.started.get("rounds", 0))
+
+    @property
+    def lone(self) -> bool:
+        """Whether it trains by itself, so that nothing travels."""
+        return self.started.get("variant") in LONE
 
     @property
     def loss(self) -> float | None:
@@ -216,7 +221,7 @@ def view(console: Console, name: str = "", prefix: str = "", history: Iterable[E
 
 
 def comparison_table(summary: Summary) -> Table:
-    """A comparison's bits per byte as a table for the terminal; the better of alone and together is bold."""
+    """A comparison's bits per byte as a table for the terminal; the best of each row is bold."""
     title = "Held-out text, bits per byte (lower is better)"
     pooled = summary["union"]["pooled"] is not None
     figures = ("alone", "together", "change", *(["pooled"] if pooled else []), "best alone")
@@ -234,13 +239,18 @@ def _comparison_cells(row: SummaryRow, rival: float | None, pooled: bool) -> lis
     together = row["together"]
     better = None if rival is None or together is None else together < rival
     change = "" if better is None or not rival else f"{100 * (together / rival - 1):+.1f}%"  # type: ignore[operator]
+    best = lowest(row)
+    alone, shared, all_text, rivals = (
+        Text(_bits(value, 3), style="bold" if _bits(value, 3) == best else "")
+        for value in (row["alone"], together, row["pooled"], row["best_alone"])
+    )
     return [
         Text(row["text"], style="bold" if row["text"] == "union" else ""),
-        Text(_bits(row["alone"], 3), style="bold" if better is False else ""),
-        Text(_bits(together, 3), style="bold" if better else ""),
+        alone,
+        shared,
         Text(change, style={True: "green", False: "red", None: ""}[better]),
-        *([Text(_bits(row["pooled"], 3))] if pooled else []),
-        Text(_bits(row["best_alone"], 3)),
+        *([all_text] if pooled else []),
+        rivals,
         Text(row["best_alone_by"] or "", style="dim"),
     ]
 
@@ -287,10 +297,9 @@ def _round_line(standing: _Standing, event: Event) -> str:
     ]
     if standing.evaluated == event["round"]:
         parts.append(f"held-out {_bits(standing.union)} bits/byte")
-    parts += [
-        f"{count_text(standing.rate)} tokens/s",
-        f"sent up {bytes_text(standing.up_bytes)} down {bytes_text(standing.down_bytes)}",
-    ]
+    parts.append(f"{count_text(standing.rate)} tokens/s")
+    if not standing.lone:
+        parts.append(f"sent up {bytes_text(standing.up_bytes)} down {bytes_text(standing.down_bytes)}")
     if standing.seconds_left:
         parts.append(f"left {duration_text(standing.seconds_left)}")
     return "  ".join(parts)
@@ -311,14 +320,14 @@ def _figures(standing: _Standing) -> Text:
         line.append("held-out ").append(f"{_bits(standing.union)} bits/byte", style="bold")
         line.append_text(_arrow(standing.change)).append("  ")
     line.append(f"{count_text(standing.rate)} tokens/s  " if standing.rate else "")
-    return line.append(
-        f"{count_text(standing.tokens)} tokens  "
-        f"up {bytes_text(standing.up_bytes)}  down {bytes_text(standing.down_bytes)}"
-    )
+    line.append(f"{count_text(standing.tokens)} tokens")
+    if not standing.lone:
+        line.append(f"  up {bytes_text(standing.up_bytes)}  down {bytes_text(standing.down_bytes)}")
+    return line
 
 
 def _participants(standing: _Standing) -> Table:
-    figures = ("tokens", "loss", "bits/byte", "up", "down")
+    figures = ("tokens", "loss", "bits/byte", *(() if standing.lone else ("up", "down")))
     shown = table("participant", "status", *figures, header_style="dim", padding=(0, 2, 0, 0))
     for column in shown.columns[2:]:
         column.justify, column.no_wrap = "right", True
@@ -333,8 +342,7 @@ def _participants(standing: _Standing) -> Table:
             Text(count_text(row.tokens)),
             Text("" if row.loss is None else f"{row.loss:.2f}"),
             Text(_bits(row.held_out) if row.held_out is not None else "").append_text(_arrow(row.change)),
-            Text(bytes_text(row.up_bytes)),
-            Text(bytes_text(row.down_bytes)),
+            *([] if standing.lone else [Text(bytes_text(row.up_bytes)), Text(bytes_text(row.down_bytes))]),
         ]
         shown.add_row(*cells, *([Text(row.reason, style="dim")] if reasons else []))
     return shown

@@ -6,13 +6,14 @@ from collections.abc import Mapping, Sequence
 from html import escape
 from typing import Any
 
+from potluck.records.curves import SummaryRow, lowest
 from potluck.records.units import bytes_text, count_text, duration_text, one_line
 
 _CSS = """
 :root { color-scheme: light dark; --ink: #1c2024; --soft: #60646c; --line: #e1e4e8; --page: #fcfcfd; --card: #ffffff;
-  --good: #18794e; --bad: #c62a2f; --accent: #0b86d0; }
+  --good: #18794e; --bad: #c62a2f; --accent: #0b86d0; --shade: #0003; }
 @media (prefers-color-scheme: dark) { :root { --ink: #edeef0; --soft: #b0b4ba; --line: #33373d; --page: #111214;
-  --card: #191b1e; --good: #4cc38a; --bad: #ff8b8b; --accent: #52a9ff; } }
+  --card: #191b1e; --good: #4cc38a; --bad: #ff8b8b; --accent: #52a9ff; --shade: #fff4; } }
 * { box-sizing: border-box; }
 body { margin: 0 auto; max-width: 64rem; padding: 2.5rem 1.25rem 4rem; background: var(--page); color: var(--ink);
   font: 16px/1.55 system-ui, -apple-system, "Segoe UI", Roboto, "Liberation Sans", sans-serif; }
@@ -25,13 +26,19 @@ h2 { font-size: 1.1rem; margin: 2.5rem 0 .6rem; }
 .facts div { background: var(--card); border: 1px solid var(--line); border-radius: .6rem; padding: .65rem .9rem; }
 .facts dt { color: var(--soft); font-size: .8rem; } .facts dd { margin: 0; font-size: 1.2rem; font-weight: 600;
   font-variant-numeric: tabular-nums; }
-.wide { overflow-x: auto; }
+.wide { overflow-x: auto; background:
+  linear-gradient(90deg, var(--page) 40%, transparent) left / 3rem 100% local no-repeat,
+  linear-gradient(-90deg, var(--page) 40%, transparent) right / 3rem 100% local no-repeat,
+  linear-gradient(90deg, var(--shade), transparent) left / .8rem 100% no-repeat,
+  linear-gradient(-90deg, var(--shade), transparent) right / .8rem 100% no-repeat; }
+.hint, .chart.narrow { display: none; }
+caption { text-align: left; padding-bottom: .3rem; }
 table { border-collapse: collapse; width: 100%; font-size: .92rem; font-variant-numeric: tabular-nums; }
-th { color: var(--soft); font-weight: 500; font-size: .82rem; }
+thead th { color: var(--soft); font-weight: 500; font-size: .82rem; } tbody th { font-weight: inherit; }
 th, td { text-align: right; padding: .38rem .7rem; border-bottom: 1px solid var(--line); white-space: nowrap; }
-th:first-child, td:first-child { padding-left: 0; }
-.left { text-align: left; } .wrap { white-space: normal; overflow-wrap: anywhere; }
-tr.all td { border-top: 2px solid var(--line); font-weight: 600; } .best { font-weight: 700; }
+th:first-child { padding-left: 0; }
+.left { text-align: left; } .wrap { white-space: normal; overflow-wrap: anywhere; min-width: 11rem; }
+tr.all > * { border-top: 2px solid var(--line); } .best { font-weight: 700; }
 .good { color: var(--good); } .bad { color: var(--bad); } .soft { color: var(--soft); font-weight: 400; }
 .chart { width: 100%; height: auto; display: block; } .chart text { font-family: inherit; }
 .split { display: flex; height: .8rem; border-radius: .4rem; overflow: hidden; margin: .5rem 0;
@@ -42,6 +49,9 @@ details { border: 1px solid var(--line); border-radius: .6rem; background: var(-
   padding: .6rem .9rem; margin: .75rem 0; }
 summary { cursor: pointer; font-weight: 600; } pre, code { font: .85rem/1.5 ui-monospace, "SF Mono", Menlo, monospace; }
 pre { overflow-x: auto; margin: .75rem 0 0; white-space: pre-wrap; overflow-wrap: anywhere; }
+@media (max-width: 40rem) { body { padding: 1.25rem 1rem 3rem; } .chart.broad { display: none; }
+  .hint, .chart.narrow { display: block; } th:first-child { position: sticky; left: 0; background: var(--page);
+    min-width: 6.5rem; white-space: normal; overflow-wrap: anywhere; } .facts { gap: .5rem; } }
 @media print { body { max-width: none; padding: 0; background: none; font-size: 12px; }
   details, .facts div { break-inside: avoid; }
   h2 { break-after: avoid; } svg, table { break-inside: avoid; } }
@@ -51,17 +61,19 @@ _SPLIT = (
     ("evaluation", "evaluation", "#e69f00"),
     ("other", "other", "#8c8c8c"),
 )
+_HINT = '<p class="note hint">Wider than this screen: scroll it sideways.</p>'
+_FITS = 4  # columns that a phone shows
 Cell = tuple[str, str]  # HTML and CSS classes
+Chart = tuple[str, str]  # SVG for a wide screen, and for a phone
 
 
-def run_page(data: Mapping[str, Any], charts: Mapping[str, str]) -> str:
+def run_page(data: Mapping[str, Any], charts: Mapping[str, Chart]) -> str:
     """The page of one run, from the content of ``report.json``."""
     facts = {
         "parameters": count_text(data["parameters"]),
         "rounds": f"{data['rounds']} of {data['planned_rounds']}",
         "tokens trained": count_text(data["total_tokens"]),
-        "sent up": bytes_text(data["up_bytes"]),
-        "sent down": bytes_text(data["down_bytes"]),
+        **_traffic(data),
         "time": duration_text(data["seconds"]["total"]),
     }
     sections = [
@@ -76,7 +88,7 @@ def run_page(data: Mapping[str, Any], charts: Mapping[str, str]) -> str:
     return _page(str(data["name"]), f"potluck run · {data['variant']}", data["headline"], sections)
 
 
-def comparison_page(data: Mapping[str, Any], charts: Mapping[str, str]) -> str:
+def comparison_page(data: Mapping[str, Any], charts: Mapping[str, Chart]) -> str:
     """The page of a comparison, from the content of ``report.json``."""
     together, pooled = data["together"], data["pooled"]
     runs = [together, *data["alone"].values(), *([pooled] if pooled else [])]
@@ -123,11 +135,20 @@ def _facts(facts: Mapping[str, str]) -> str:
     return f'<dl class="facts">{items}</dl>'
 
 
-def _chart(title: str, svg: str | None, note: str) -> str:
-    if svg is None:
+def _traffic(data: Mapping[str, Any]) -> dict[str, str]:
+    """Bytes sent, of a run in which something travels."""
+    ways = {"sent up": data["up_bytes"], "sent down": data["down_bytes"]}
+    return {way: bytes_text(size) for way, size in ways.items() if size is not None} or {"sent": "nothing: it is alone"}
+
+
+def _chart(title: str, drawn: Chart | None, note: str) -> str:
+    if drawn is None:
         return ""
-    labelled = svg.replace("<svg ", f'<svg role="img" aria-label="{escape(title)}" ', 1)
-    return f'<section><h2>{escape(title)}</h2>\n<p class="note">{escape(note)}</p>\n{labelled}</section>'
+    both = "\n".join(
+        svg.replace('class="chart"', f'class="chart {size}" role="img" aria-label="{escape(title)}"', 1)
+        for svg, size in zip(drawn, ("broad", "narrow"), strict=True)
+    )
+    return f'<section><h2>{escape(title)}</h2>\n<p class="note">{escape(note)}</p>\n{both}</section>'
 
 
 def _summary(summary: Mapping[str, Any]) -> str:
@@ -139,31 +160,33 @@ def _summary(summary: Mapping[str, Any]) -> str:
     total = _summary_cells(summary["union"], summary["union"]["best_alone"], pooled)
     everyone = len(summary["union_of"]) == len(summary["rows"])
     whose = "everyone's text" if everyone else f"the text of {', '.join(summary['union_of']) or 'nobody'}"
-    note = f"Bits per byte, lower is better. The last row is {whose}; its change is against the best alone."
-    return f'<section>{_table(head, rows, total)}\n<p class="note">{escape(note)}</p></section>'
+    note = f"The best of each row is bold. The last row is {whose}; its change is against the best alone."
+    note += " Pooled is one model on all text in one place, a yardstick." if pooled else ""
+    table = _table("Bits per byte on held-out text; lower is better.", head, rows, total)
+    return f'<section>{table}\n<p class="note">{escape(note)}</p></section>'
 
 
-def _summary_cells(row: Mapping[str, Any], rival: float | None, pooled: bool) -> list[Cell]:
+def _summary_cells(row: SummaryRow, rival: float | None, pooled: bool) -> list[Cell]:
     together = row["together"]
     change: Cell = ("", "")
-    better = None
     if together is not None and rival:
-        better = together < rival
-        change = (f"{100 * (together / rival - 1):+.1f}%", "good" if better else "bad")
-    cells: list[Cell] = [
-        (escape("everyone" if row["text"] == "union" else row["text"]), "left"),
-        (_bits(row["alone"]), "best" if better is False else ""),
-        (_bits(together), "best" if better else ""),
-        change,
-    ]
-    cells += [(_bits(row["pooled"]), "")] if pooled else []
-    return [*cells, (_bits(row["best_alone"]), ""), (escape(row["best_alone_by"] or ""), "left soft")]
+        change = (f"{100 * (together / rival - 1):+.1f}%", "good" if together < rival else "bad")
+    best = lowest(row)
+    alone, shared, all_text, rivals = (
+        (_bits(value), "best" if _bits(value) == best else "")
+        for value in (row["alone"], together, row["pooled"], row["best_alone"])
+    )
+    name = (escape("everyone" if row["text"] == "union" else row["text"]), "left")
+    by = (escape(row["best_alone_by"] or ""), "left soft")
+    return [name, alone, shared, change, *([all_text] if pooled else []), rivals, by]
 
 
 def _participants(data: Mapping[str, Any], title: str = "Participants") -> str:
     people = data["participants"]
-    columns = ["documents", "text", "tokens", "ok", "failed", "rejected", "trained tokens", "epochs", "up", "down"]
-    head: list[Cell] = [("participant", "left"), *((column, "") for column in [*columns, "bits/byte"])]
+    travels = data["up_bytes"] is not None
+    columns = ["documents", "text", "tokens", "ok", "failed", "rejected", "trained tokens", "epochs"]
+    columns += [*(["up", "down"] if travels else []), "bits/byte"]
+    head: list[Cell] = [("participant", "left"), *((column, "") for column in columns)]
     rows = [
         [
             (escape(item["name"]), "left"),
@@ -175,24 +198,25 @@ def _participants(data: Mapping[str, Any], title: str = "Participants") -> str:
             (str(item["rejected"]), "bad" if item["rejected"] else "soft"),
             (count_text(item["trained_tokens"]), ""),
             (f"{item['epochs']:.3g}", ""),
-            (bytes_text(item["up_bytes"]), ""),
-            (bytes_text(item["down_bytes"]), ""),
+            *([(bytes_text(item["up_bytes"]), ""), (bytes_text(item["down_bytes"]), "")] if travels else []),
             (_bits(item["bits_per_byte"]), ""),
         ]
         for item in people
     ]
     note = "Documents, text and tokens are what each holds to train on; ok, failed and rejected count contributions."
-    return f'<section><h2>{escape(title)}</h2>\n{_table(head, rows)}\n<p class="note">{escape(note)}</p></section>'
+    note += "" if travels else " Nothing was sent: it trained in one place."
+    table = _table("What each holds, did, and came to.", head, rows)
+    return f'<section><h2>{escape(title)}</h2>\n{table}\n<p class="note">{escape(note)}</p></section>'
 
 
 def _trouble(trouble: Sequence[Mapping[str, Any]]) -> str:
     if not trouble:
         return ""
     shown = trouble[:100]
-    head: list[Cell] = [("round", ""), ("participant", "left"), ("status", "left"), ("reason", "left")]
+    head: list[Cell] = [("round", "left"), ("participant", "left"), ("status", "left"), ("reason", "left")]
     rows: list[list[Cell]] = [
         [
-            (str(item["round"]), ""),
+            (str(item["round"]), "left"),
             (escape(item["participant"]), "left"),
             (escape(item["status"]), "left bad"),
             (escape(one_line(item["reason"] or "", 500)), "left wrap"),
@@ -200,7 +224,8 @@ def _trouble(trouble: Sequence[Mapping[str, Any]]) -> str:
         for item in shown
     ]
     more = f'<p class="note">{len(trouble) - len(shown)} more in events.jsonl.</p>' if len(shown) < len(trouble) else ""
-    return f"<section><h2>What did not count</h2>\n{_table(head, rows)}{more}</section>"
+    table = _table("Contributions and evaluations that failed, and why.", head, rows)
+    return f"<section><h2>What did not count</h2>\n{table}{more}</section>"
 
 
 def _time(seconds: Mapping[str, float], title: str = "Time") -> str:
@@ -234,20 +259,30 @@ def _provenance(data: Mapping[str, Any], run: Mapping[str, Any]) -> str:
     recipe = f"<details><summary>recipe.toml</summary><pre>{escape(data['recipe'])}</pre></details>"
     return (
         f"<section><h2>How it was made</h2>\n<p><code>{escape(data['command'])}</code></p>\n"
-        f"{recipe if data['recipe'] else ''}<details><summary>Versions and hashes</summary>{_table([], rows)}</details>"
-        "</section>"
+        f"{recipe if data['recipe'] else ''}<details><summary>Versions and hashes</summary>"
+        f"{_table('Of the run and of the machine it ran on.', [], rows)}</details></section>"
     )
 
 
-def _table(head: Sequence[Cell], rows: Sequence[Sequence[Cell]], total: Sequence[Cell] = ()) -> str:
-    def line(cells: Sequence[Cell], tag: str) -> str:
-        return "".join(f'<{tag} class="{classes}">{text}</{tag}>' if classes else f"<{tag}>{text}</{tag}>"
-                       for text, classes in cells)  # fmt: skip
+def _table(caption: str, head: Sequence[Cell], rows: Sequence[Sequence[Cell]], total: Sequence[Cell] = ()) -> str:
+    """A table that scrolls by itself, by keyboard too; the first cell of a row names it."""
 
-    top = f"<thead><tr>{line(head, 'th')}</tr></thead>" if head else ""
-    body = "".join(f"<tr>{line(row, 'td')}</tr>\n" for row in rows)
-    last = f'<tr class="all">{line(total, "td")}</tr>' if total else ""
-    return f'<div class="wide"><table>{top}<tbody>{body}{last}</tbody></table></div>'
+    def cell(tag: str, content: Cell) -> str:
+        text, classes = content
+        return f'<{tag} class="{classes}">{text}</{tag[:2]}>' if classes else f"<{tag}>{text}</{tag[:2]}>"
+
+    def line(cells: Sequence[Cell]) -> str:
+        return cell('th scope="row"', cells[0]) + "".join(cell("td", content) for content in cells[1:])
+
+    columns = "".join(cell('th scope="col"', content) for content in head)
+    top = f"<thead><tr>{columns}</tr></thead>" if head else ""
+    body = "".join(f"<tr>{line(row)}</tr>\n" for row in rows)
+    last = f'<tr class="all">{line(total)}</tr>' if total else ""
+    return (
+        f"{_HINT if len(head) > _FITS else ''}"
+        f'<div class="wide" tabindex="0" role="region" aria-label="{escape(caption)}"><table><caption>{escape(caption)}'
+        f"</caption>{top}<tbody>{body}{last}</tbody></table></div>"
+    )
 
 
 def _tokens_note(tokens: Mapping[str, Any]) -> str:

@@ -14,6 +14,7 @@ from potluck.recipe.load import shareable
 from potluck.records.card import command_of
 from potluck.records.charts import PALETTE, RIVAL, STRONG, Line, Panel, draw_svg
 from potluck.records.curves import (
+    LONE,
     Comparison,
     EvaluationRecord,
     RunRecord,
@@ -25,11 +26,12 @@ from potluck.records.curves import (
     summary_table,
 )
 from potluck.records.folder import POOLED, open_run
-from potluck.records.page import comparison_page, run_page
+from potluck.records.page import Chart, comparison_page, run_page
 from potluck.records.units import count_text
 
 REPORT_SCHEMA = 1
 MAX_PANELS = 24
+NARROW = 4.4  # inches across of what a phone shows: letters of 10 points stay that large
 PANELS_FROM = 20.0  # percent of the run
 
 
@@ -73,8 +75,7 @@ def run_data(run: RunRecord, recipe: str) -> dict[str, Any]:
         **{key: getattr(run, key) for key in ("finished", "state_hash", "total_tokens")},
         "trainers": list(run.trainers),
         "rounds": len(run.rounds),
-        "down_bytes": run.transferred("down_bytes"),
-        "up_bytes": run.transferred("up_bytes"),
+        **_traffic(run, None),
         "seconds": _time_split(run),
         "participants": [_participant_data(run, name) for name in _names(run)],
         "trouble": _trouble(run),
@@ -137,11 +138,17 @@ def _participant_data(run: RunRecord, name: str) -> dict[str, Any]:
         "trained_tokens": sum(item.tokens for item in mine),
         "skipped_steps": sum(item.skipped_steps for item in mine),
         "epochs": _epochs(run, name),
-        "down_bytes": run.transferred("down_bytes", name),
-        "up_bytes": run.transferred("up_bytes", name),
+        **_traffic(run, name),
         "seconds": sum(item.seconds for item in mine),
         "bits_per_byte": last.bits_per_byte if last else None,
     }
+
+
+def _traffic(run: RunRecord, name: str | None) -> dict[str, int | None]:
+    """Bytes sent; ``None`` of a run by one trainer in one place, which sends nothing to anybody."""
+    if run.variant in LONE:
+        return {"down_bytes": None, "up_bytes": None}
+    return {"down_bytes": run.transferred("down_bytes", name), "up_bytes": run.transferred("up_bytes", name)}
 
 
 def _epochs(run: RunRecord, name: str) -> float:
@@ -197,7 +204,7 @@ def _training_loss(run: RunRecord, name: str | None) -> list[tuple[int, int, flo
     ]
 
 
-def _run_charts(run: RunRecord) -> dict[str, str]:
+def _run_charts(run: RunRecord) -> dict[str, Chart]:
     names, everyone = list(run.trainers), len(run.trainers) > 1
     holders = [item.name for item in run.participants]
     colours = {name: PALETTE[number % len(PALETTE)] for number, name in enumerate(dict.fromkeys([*holders, *names]))}
@@ -212,13 +219,13 @@ def _run_charts(run: RunRecord) -> dict[str, str]:
     axis = "tokens trained on by all participants"
     charts = {}
     if run.evaluations:
-        charts["held_out"] = _chart("", held_out[: MAX_PANELS + 1], axis, "bits per byte")
+        charts["held_out"] = _chart(held_out[: MAX_PANELS + 1], axis, "bits per byte")
     if run.rounds:
-        charts["loss"] = _chart("", loss[: MAX_PANELS + 1], axis, "nats per token")
+        charts["loss"] = _chart(loss[: MAX_PANELS + 1], axis, "nats per token")
     return charts
 
 
-def _comparison_charts(comparison: Comparison) -> dict[str, str]:
+def _comparison_charts(comparison: Comparison) -> dict[str, Chart]:
     together, pooled = comparison.together, comparison.pooled
     axis = "tokens trained, % of each run"
 
@@ -240,9 +247,9 @@ def _comparison_charts(comparison: Comparison) -> dict[str, str]:
         for item in together.participants[:MAX_PANELS]
     ]
     return {
-        "union": _chart("", lines(partial(_held_out, name=None), None), axis, "bits per byte"),
-        "participants": draw_svg(panels, 4, axis, "bits per byte", (2.3, 2.1)),
-        "loss": _chart("", lines(partial(_loss, name=None), None), axis, "nats per token"),
+        "union": _chart(lines(partial(_held_out, name=None), None), axis, "bits per byte"),
+        "participants": _panels(panels, axis, "bits per byte"),
+        "loss": _chart(lines(partial(_loss, name=None), None), axis, "nats per token"),
     }
 
 
@@ -253,8 +260,20 @@ def _later(lines: list[Line]) -> list[Line]:
     return [replace(line, points=[point for point in line.points if point[0] >= PANELS_FROM]) for line in lines]
 
 
-def _chart(title: str, lines: list[Line], x_label: str, y_label: str) -> str:
-    return draw_svg([Panel(title=title, lines=lines)], 1, x_label, y_label, (9.2, 3.6))
+def _chart(lines: list[Line], x_label: str, y_label: str) -> Chart:
+    panels = [Panel(title="", lines=lines)]
+    few = 0.2 * -(-len(lines) // 2)  # rows of the legend, which stands above where there is no room beside
+    return (
+        draw_svg(panels, 1, x_label, y_label, (9.2, 3.6)),
+        draw_svg(panels, 1, x_label, y_label, (NARROW, 3.2 + few), "outside upper left"),
+    )
+
+
+def _panels(panels: list[Panel], x_label: str, y_label: str) -> Chart:
+    return (
+        draw_svg(panels, 4, x_label, y_label, (2.3, 2.1), "outside upper left"),
+        draw_svg(panels, 2, x_label, y_label, (NARROW / 2, 1.9), "outside upper left"),
+    )
 
 
 def _held_out(run: RunRecord, name: str | None) -> list[tuple[float, float | None]]:
