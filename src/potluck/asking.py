@@ -7,12 +7,13 @@ import operator
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import Any
 
 import torch
 
 from potluck.contribution import Contribution
-from potluck.corpus.tokenizer import word_counts
+from potluck.corpus.tokenizer import PIECE_CHARACTERS, word_counts
 from potluck.errors import PolicyError, TrainingError
 from potluck.recipe import Recipe
 from potluck.recipe.engine import Nats
@@ -20,8 +21,9 @@ from potluck.recipe.load import parse_recipe
 from potluck.recipe.part import Part, Policy
 from potluck.recipe.schema import Bpe, ModelFolder
 from potluck.recipe.updates import Eager, Streaming
+from potluck.untrusted import loads
 
-MAX_WORD_BYTES = 1 << 28
+MAX_WORD_BYTES = 64 << 20
 
 
 @dataclass(frozen=True)
@@ -143,15 +145,25 @@ def local_recipe(recipe: Recipe, name: str, part: Part, shards: str) -> Recipe:
 
 
 def words_contribution(recipe: Recipe, fields: Mapping[str, Any]) -> Contribution:
-    """A participant's words and how often they stand in its training text, the words as a JSON list of texts."""
+    """A participant's words and how often they stand in its training text, the words as a JSON list of texts.
+
+    Of more words than `MAX_WORD_BYTES` hold the rarest stay out.
+    """
     counts = word_counts(recipe)
-    words = sorted(counts)
-    text = json.dumps(words, ensure_ascii=False).encode()
+    words = _listed(counts)
+    text = json.dumps(words, ensure_ascii=False, separators=(",", ":")).encode()
     tensors = {
         "words": torch.frombuffer(bytearray(text), dtype=torch.uint8),
         "counts": torch.tensor([counts[word] for word in words], dtype=torch.int64),
     }
     return Contribution(kind="words", revision=int(fields["revision"]), header={"words": len(words)}, tensors=tensors)
+
+
+def _listed(counts: Counter[str], most_bytes: int = MAX_WORD_BYTES) -> list[str]:
+    """Words in order; the most frequent of them, if all are more than fits."""
+    often = sorted(counts, key=lambda word: (-counts[word], word))
+    ends = accumulate(len(json.dumps(word, ensure_ascii=False).encode()) + 1 for word in often)
+    return sorted(word for word, end in zip(often, ends, strict=True) if end < most_bytes)
 
 
 def words_of(contribution: Contribution, most_bytes: int | None = None) -> Counter[str]:
@@ -164,21 +176,18 @@ def words_of(contribution: Contribution, most_bytes: int | None = None) -> Count
         TrainingError: They are none.
     """
     words, counts = contribution.tensors.get("words"), contribution.tensors.get("counts")
-    if words is None or counts is None or words.numel() > MAX_WORD_BYTES or counts.dtype != torch.int64:
+    if words is None or counts is None or (words.dtype, counts.dtype) != (torch.uint8, torch.int64) or counts.ndim != 1:
         raise TrainingError("not a count of words")
     try:
-        listed = json.loads(words.numpy().tobytes())
-    except (ValueError, RecursionError):
-        raise TrainingError("not a count of words: the words cannot be read") from None
+        listed = loads(words.numpy().tobytes(), most_bytes=MAX_WORD_BYTES, depth=1)
+    except ValueError as error:
+        raise TrainingError(f"not a count of words: the words cannot be read ({error})") from None
     numbers = counts.tolist()
     if not isinstance(listed, list) or len(listed) != len(numbers) or any(n < 1 for n in numbers):
         raise TrainingError("not a count of words: words and counts do not match")
-    if not all(isinstance(word, str) and word for word in listed) or sum(numbers) > 10**12:
+    if not all(isinstance(word, str) and 0 < len(word) <= PIECE_CHARACTERS for word in listed) or sum(numbers) > 10**12:
         raise TrainingError("not a count of words: what is counted is not text")
-    try:
-        sizes = [len(word.encode()) for word in listed]
-    except UnicodeEncodeError:
-        raise TrainingError("not a count of words: what is counted is not text") from None
+    sizes = [len(word.encode()) for word in listed]
     if len(set(listed)) < len(listed):
         raise TrainingError("not a count of words: a word is counted twice")
     size = sum(map(operator.mul, sizes, numbers))

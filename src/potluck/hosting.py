@@ -49,7 +49,6 @@ from potluck.traffic import Messages
 from potluck.updates.fragments import Fragment
 
 LOOK_SECONDS = 0.2
-MAX_WORDS = 1 << 28  # of all participants; more are taken in proportion
 _HEADROOM = 1 << 16  # bytes of a message beside its tensors
 
 
@@ -201,19 +200,11 @@ def _vocabulary(
     if isinstance(recipe.tokenizer, Bpe):
         journal("the tokenizer is trained on everybody's words: waiting for all participants")
         _wait(engine, len(recipe.participant_names), journal, stop, reading=True)
-        vocabulary = vocabulary_from_words(at_most(_words(recipe, engine, stop)), recipe.tokenizer.vocab_size)
+        vocabulary = vocabulary_from_words(_words(recipe, engine, stop), recipe.tokenizer.vocab_size)
     else:
         vocabulary = build_vocabulary(recipe, {})
     save_vocabulary(vocabulary, folder / "tokenizer")
     return vocabulary
-
-
-def at_most(counts: Counter[str], most: int = MAX_WORDS) -> Counter[str]:
-    """Counts in proportion that come to about ``most``, and each to 1 at least: the trainer reads them one by one."""
-    total = counts.total()
-    if total <= most:
-        return counts
-    return Counter({word: max(1, count * most // total) for word, count in counts.items()})
 
 
 def _words(recipe: Recipe, engine: NatsEngine, stop: Callable[[], bool]) -> Counter[str]:

@@ -33,6 +33,7 @@ _DOCUMENT_ENDS = ("<|endoftext|>", "<|end_of_text|>", "<eos>", "</s>", "<ï½œendâ
 _FOLDER_HINT = "it must hold the tokenizer.json of a Hugging Face tokenizer"
 _DIGITS = 40  # transformers writes 10^30 for a length without bound
 PIECE_CHARACTERS = 1 << 18
+MAX_WORDS = 1 << 24  # a minute
 Progress = Callable[[str], None]
 
 
@@ -234,8 +235,17 @@ def word_counts(recipe: Recipe) -> Counter[str]:
 
 
 def vocabulary_from_words(counts: Mapping[str, int], size: int) -> Vocabulary:
-    """The BPE of so many tokens that is trained on text with these words."""
-    return _train_bpe((word for word, count in counts.items() for _ in range(count)), size)
+    """The BPE of so many tokens that is trained on text with these words; of very many, on a part in proportion."""
+    return _train_bpe((word for word, count in at_most(counts).items() for _ in range(count)), size)
+
+
+def at_most(counts: Mapping[str, int], most: int = MAX_WORDS) -> Mapping[str, int]:
+    """Counts in proportion that come to no more than ``most``: the trainer reads words one by one."""
+    total = sum(counts.values())
+    if total <= most:
+        return counts
+    parts = {word: count * most // total for word, count in counts.items()}
+    return {word: part for word, part in parts.items() if part}
 
 
 def _train_bpe(texts: Iterator[str], size: int) -> Vocabulary:
