@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from pydantic import BaseModel
 
-from potluck.untrusted import Count, Digest, checked, load_json, loads, read_bytes
+from potluck.untrusted import Count, Digest, checked, load_json, loads, loads_toml, read_bytes
 
 
 class Named(BaseModel):
@@ -85,3 +85,22 @@ def test_a_value_has_the_type_it_should(value: object, words: str) -> None:
         checked(Named, value)
     assert "\n" not in str(caught.value)
     assert checked(Named, {"bytes": 5, "sha256": "a" * 64}).bytes == 5
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("a = " + "[" * 100_000, "nested deeper than 32"),
+        ("a = " + "{a=" * 40 + "1" + "}" * 40, "nested deeper than 32"),
+        ("a." * 100_000 + "a = 1", "a key of more than 32 parts"),
+        ('"a" . ' * 100 + "a = 1", "a key of more than 32 parts"),
+        ("[" + "a." * 100 + "a]", "a key of more than 32 parts"),
+        ("a = 1" + "0" * 5000, "digits"),
+        ("a = 1\na = 2", "overwrite"),
+        ("#" * (5 << 20), "at most"),
+    ],
+)
+def test_what_is_no_toml_of_ours_is_refused(text: str, words: str) -> None:
+    with pytest.raises(ValueError, match=words):
+        loads_toml(text)
+    assert loads_toml('a.b = ["x.y.z", 1.5]') == {"a": {"b": ["x.y.z", 1.5]}}

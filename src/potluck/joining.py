@@ -45,6 +45,7 @@ from potluck.local_state import LocalState, new_state
 from potluck.local_store import Answer, LocalStore, layout_hash
 from potluck.models.build import build_model
 from potluck.models.flat import state_hash
+from potluck.models.shapes import parameter_count
 from potluck.participant import CHANGED, EDITING, Participant
 from potluck.recipe import Recipe
 from potluck.recipe.part import Policy
@@ -197,6 +198,7 @@ def _vocabulary(joined: Joined) -> Vocabulary | None:
 def _prepare(joined: Joined, vocabulary: Vocabulary) -> tuple[Participant, LocalStore]:
     """Text, network and state."""
     recipe, name = joined.recipe, joined.name
+    _check_size(joined, vocabulary)
     joined.site.say(status="reading", potluck=__version__)
     if recipe.compute.threads:
         torch.set_num_threads(recipe.compute.threads)
@@ -246,7 +248,11 @@ def _check_layout(joined: Joined, network: Network) -> None:
     if theirs and theirs != layout_hash(network):
         hint = "the same model folder, and the same versions of potluck and transformers, are needed on both sides"
         raise PolicyError("the model here has other parameters than the coordinator's", hint)
-    count = network.flat.vector.numel()
+
+
+def _check_size(joined: Joined, vocabulary: Vocabulary) -> None:
+    """Hold the model against the policy, before anything of it is built."""
+    count = parameter_count(joined.recipe.model, vocabulary.size)
     if count > joined.policy.max_parameters:
         raise PolicyError(f"a model of {count:,} parameters; the policy allows {joined.policy.max_parameters:,}")
 

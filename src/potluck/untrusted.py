@@ -1,4 +1,4 @@
-"""JSON from outside: one reader with bounds, and one check of types.
+"""JSON and TOML from outside: one reader with bounds, and one check of types.
 
 Whoever reads bytes that another process, machine or person wrote reads them here: messages, files of a model or an
 adapter, a library's entries, what a run left on disk. What is refused is a ``ValueError`` in a few words; the caller
@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import tomllib
 from functools import cache
 from pathlib import Path
 from typing import Annotated, Any, NoReturn, TypeVar
@@ -17,8 +18,10 @@ from typing import Annotated, Any, NoReturn, TypeVar
 from pydantic import Field, TypeAdapter, ValidationError
 
 MAX_BYTES = 64 << 20
+MAX_TOML_BYTES = 4 << 20
 MAX_DEPTH = 32
 MAX_DIGITS = 20  # of 2^64
+_DOTTED = re.compile(rf"(?:[\w\"'-]+[ \t]*\.[ \t]*){{{MAX_DEPTH}}}")
 _SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
 _adapter: Any = cache(TypeAdapter)
 
@@ -53,9 +56,37 @@ def loads(
     try:
         value = _decoder(digits).decode(text)
     except RecursionError:
-        raise ValueError(f"JSON nested deeper than {depth}") from None
+        raise ValueError(f"nested deeper than {depth}") from None
     _walk(value, depth, texts=_SURROGATE.search(text) is not None)
     return value
+
+
+def loads_toml(text: str, *, most_bytes: int = MAX_TOML_BYTES) -> dict[str, Any]:
+    """TOML, within bounds as `loads` has them.
+
+    Raises:
+        ValueError: It is larger, deeper or longer than that, or no TOML.
+    """
+    if len(text) > most_bytes:
+        raise ValueError(f"{len(text)} bytes of TOML, at most {most_bytes} are read")
+    if _DOTTED.search(text):  # the library keeps every beginning of a dotted key
+        raise ValueError(f"a key of more than {MAX_DEPTH} parts")
+    try:
+        found = tomllib.loads(text)
+    except RecursionError:
+        raise ValueError(f"nested deeper than {MAX_DEPTH}") from None
+    _walk(found, MAX_DEPTH, texts=False)
+    return found
+
+
+def load_toml(path: Path, *, most_bytes: int = MAX_TOML_BYTES) -> dict[str, Any]:
+    """A file's TOML, as `loads_toml` reads it; a file that is larger is not read.
+
+    Raises:
+        OSError: It cannot be read.
+        ValueError: As `loads_toml` raises it.
+    """
+    return loads_toml(read_bytes(path, most_bytes).decode(), most_bytes=most_bytes)
 
 
 def load_json(path: Path, *, most_bytes: int = MAX_BYTES, depth: int = MAX_DEPTH, digits: int = MAX_DIGITS) -> Any:
@@ -116,7 +147,7 @@ def _walk(value: Any, depth: int, texts: bool) -> None:
         if not level:
             return
     if any(isinstance(item, dict | list) for item in level):
-        raise ValueError(f"JSON nested deeper than {depth}")
+        raise ValueError(f"nested deeper than {depth}")
     if texts:
         _encode(level)
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import difflib
 import hashlib
 import json
-import tomllib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, get_args
@@ -17,6 +16,7 @@ from pydantic_core import ErrorDetails
 from potluck.errors import RecipeError
 from potluck.files import name_of
 from potluck.recipe.schema import Recipe
+from potluck.untrusted import load_toml, loads_toml
 
 # A table of alternatives is replaced as a whole: half a model folder and half a preset mean nothing.
 _WHOLE_TABLES = {"source", "model", "split"}
@@ -120,12 +120,12 @@ def _read(path: Path, children: tuple[Path, ...]) -> dict[str, Any]:
     if here in children:
         raise RecipeError(f"{path}: extends itself through {' -> '.join(map(str, children))}")
     try:
-        raw = tomllib.loads(path.read_text(encoding="utf-8"))
+        raw = load_toml(path)
     except FileNotFoundError:
         raise RecipeError(f"{path}: there is no such recipe") from None
     except (OSError, UnicodeDecodeError) as error:
         raise RecipeError(f"{path}: cannot be read ({error})") from None
-    except tomllib.TOMLDecodeError as error:
+    except ValueError as error:
         raise RecipeError(f"{path}: not valid TOML: {error}") from None
     extended = raw.pop("extends", None)
     raw = dict(absolute_paths(raw, path.parent))
@@ -185,8 +185,8 @@ def _parse_setting(item: str, raw: dict[str, Any]) -> dict[str, Any]:
     if not equals or not all(parts):
         raise RecipeError(f"--set {item}: write section.key=value")
     try:
-        value: Any = tomllib.loads(f"value = {text}")["value"]
-    except tomllib.TOMLDecodeError:
+        value: Any = loads_toml(f"value = {text}")["value"]
+    except ValueError:
         value = text
     for depth in range(len(parts) - 1, -1, -1):
         owner = _follow(raw, parts[:depth])

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import tomllib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
@@ -14,6 +13,7 @@ from potluck.errors import RecipeError
 from potluck.recipe.load import absolute_paths, explain
 from potluck.recipe.sources import Source
 from potluck.recipe.table import Table, setting
+from potluck.untrusted import load_toml
 
 Kind = Literal["train", "stream", "eager", "evaluate", "words", "predict", "claims", "moments", "edit"]
 
@@ -99,10 +99,10 @@ def load_part(
     raw: dict[str, Any] = {}
     if path is not None:
         try:
-            raw = tomllib.loads(path.read_text(encoding="utf-8"))
+            raw = load_toml(path)
         except FileNotFoundError:
             raise RecipeError(f"{path}: there is no such file") from None
-        except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+        except (OSError, ValueError) as error:
             raise RecipeError(f"{path}: cannot be read ({error})") from None
         raw = absolute_paths(raw, path.parent)
         if isinstance(raw.get("model"), str):  # in a recipe it is a table

@@ -61,14 +61,14 @@ class Preset(Table):
 class Shape(Table):
     """A Llama-type decoder (Qwen3-type with `qk_norm`), initialised at random from the seed."""
 
-    layers: int = setting(..., "Decoder layers.", unit="layers", ge=1)
-    width: int = setting(..., "Size of the residual stream.", unit="features", ge=8)
+    layers: int = setting(..., "Decoder layers.", unit="layers", ge=1, le=1000)
+    width: int = setting(..., "Size of the residual stream.", unit="features", ge=8, le=1 << 20)
     heads: int = setting(..., "Attention heads; must divide `width`.", unit="heads", ge=1)
     kv_heads: int | None = setting(
         None, "Key and value heads; must divide `heads`; all of them if left out.", unit="heads"
     )
-    feedforward: int = setting(..., "Inner size of the gated (SwiGLU) MLP.", unit="features", ge=8)
-    context: int = setting(2048, "Longest sequence the model is declared for.", unit="tokens", ge=8)
+    feedforward: int = setting(..., "Inner size of the gated (SwiGLU) MLP.", unit="features", ge=8, le=1 << 22)
+    context: int = setting(2048, "Longest sequence the model is declared for.", unit="tokens", ge=8, le=1 << 24)
     qk_norm: bool = setting(False, "RMS-normalise queries and keys (Qwen3 in place of Llama).")
     tied: bool = setting(True, "Share the embedding matrix with the output head.")
 

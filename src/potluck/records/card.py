@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import json
 import re
-import tomllib
 from collections.abc import Iterable, Sequence
 from typing import Any
 
 from potluck.records.curves import HeldOut, RunRecord
 from potluck.records.units import bytes_text, count_text, one_line
+from potluck.untrusted import loads_toml
 
 _BLOCKS = "▁▂▃▄▅▆▇█"
 _MOST_POINTS = 60
@@ -129,8 +129,8 @@ def command_of(variant: str, recipe_toml: str) -> str:
 
 def _tables(recipe_toml: str) -> dict[str, Any]:
     try:
-        return tomllib.loads(recipe_toml)
-    except tomllib.TOMLDecodeError:
+        return loads_toml(recipe_toml)
+    except ValueError:
         return {}
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import tomllib
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import MISSING, dataclass, field, fields
 from pathlib import Path
@@ -11,6 +10,7 @@ from typing import Any, Literal, TypedDict, TypeVar
 
 from potluck.errors import CheckpointError, RunFolderError
 from potluck.records.events import SCHEMA, Event, read_events
+from potluck.untrusted import load_toml
 
 T = TypeVar("T")
 LONE = ("alone", "pooled")  # kinds of run with one trainer in one place: nothing travels, whatever is counted
@@ -390,7 +390,7 @@ def _has_started(folder: Path) -> bool:
 
 def _recipe_name(folder: Path) -> str:
     try:
-        name = tomllib.loads((folder / "recipe.toml").read_text(encoding="utf-8")).get("name")
+        name = load_toml(folder / "recipe.toml").get("name")
     except (OSError, ValueError):
         name = None
     return str(name) if name else folder.absolute().name

@@ -11,7 +11,6 @@ import ipaddress
 import os
 import re
 import ssl
-import tomllib
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime, timedelta
@@ -29,8 +28,10 @@ from cryptography.x509.oid import NameOID
 from potluck.engine.nats.addresses import server_url
 from potluck.errors import InviteError
 from potluck.files import storing
+from potluck.untrusted import load_toml
 
 SIGNATURE_BYTES = 64
+_MAX_INVITE_BYTES = 64 << 10
 CERTIFICATE_DAYS = 3650
 _NAME, _RUN = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}"), re.compile(r"[0-9a-f]{12}")
 
@@ -193,12 +194,12 @@ def load_invite(path: Path) -> Invite:
         InviteError: It cannot be read, is not one, or its certificate is not the one it names.
     """
     try:
-        facts = tomllib.loads(path.read_text(encoding="utf-8"))
+        facts = load_toml(path, most_bytes=_MAX_INVITE_BYTES)
         invite = Invite(**{**facts, "urls": tuple(facts["urls"])})
         texts = [v for k, v in asdict(invite).items() if k != "urls"] + list(invite.urls)
     except FileNotFoundError:
         raise InviteError(f"{path}: there is no such invite", "the coordinator's host wrote one for you") from None
-    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError) as error:
         raise InviteError(f"{path}: not an invite ({error})") from None
     if not all(isinstance(text, str) for text in texts) or not is_public_key(invite.coordinator) or not invite.urls:
         raise InviteError(f"{path}: not an invite: it is damaged")
