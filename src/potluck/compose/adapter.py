@@ -17,12 +17,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor
 
 from potluck.errors import ModelError
 from potluck.files import name_of, storing, write_text
+from potluck.tensors import load_tensors
+from potluck.untrusted import load_json
 
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
@@ -104,8 +105,8 @@ def load_adapter(folder: Path) -> Adapter:
     config = adapter_config(folder)
     _refuse_unsupported(folder, config)
     try:
-        tensors = load_file(folder / WEIGHTS_FILE)
-    except (OSError, SafetensorError) as error:
+        tensors = load_tensors(folder / WEIGHTS_FILE)
+    except ValueError as error:
         raise ModelError(f"{folder}/{WEIGHTS_FILE}: cannot be read ({error})") from None
     modules = {}
     for name in sorted(tensors):
@@ -176,9 +177,7 @@ def adapter_config(folder: Path) -> dict[str, Any]:
 
 def _json_table(path: Path) -> dict[str, Any]:
     try:
-        if path.stat().st_size > _MAX_CONFIG_BYTES:
-            raise ModelError(f"{path}: larger than any adapter's configuration")
-        table = json.loads(path.read_text(encoding="utf-8"))
+        table = load_json(path, most_bytes=_MAX_CONFIG_BYTES)
     except (OSError, ValueError) as error:
         hint = "save it with model.save_pretrained"
         raise ModelError(f"{path.parent}: not a PEFT adapter ({error})", hint) from None

@@ -16,7 +16,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
@@ -27,6 +26,7 @@ from potluck.compose.base import Base
 from potluck.compose.lora import attached
 from potluck.errors import CorpusError, ModelError
 from potluck.files import storing
+from potluck.tensors import load_tensors, read_header
 
 STATISTICS_FILE = "statistics.safetensors"
 KINDS = ("gram", "fisher")
@@ -121,19 +121,18 @@ def load_statistics(path: Path, adapter: Adapter) -> Statistics:
     """
     path = path / STATISTICS_FILE if path.is_dir() else path
     try:
-        with safe_open(path, "pt") as file:
-            facts, names = file.metadata() or {}, list(file.keys())
-            kind, count = facts.get("kind", ""), facts.get("count", "")
-            if facts.get("format") != _FORMAT or kind not in KINDS or not (count.isdecimal() and len(count) < 16):
-                raise ModelError(f"{path}: not the statistics of an adapter")
-            expected = _forms(kind, adapter)
-            for name in sorted(expected.keys() ^ set(names)):
-                raise ModelError(f"{path}: {name} is {'missing' if name in expected else 'not of this adapter'}")
-            for name, form in expected.items():
-                if tuple(file.get_slice(name).get_shape()) != form:
-                    raise ModelError(f"{path}: {name} has another shape than the adapter")
-            tensors = {name: file.get_tensor(name) for name in names}
-    except (OSError, SafetensorError) as error:
+        stored, facts = read_header(path)
+        kind, count = facts.get("kind", ""), facts.get("count", "")
+        if facts.get("format") != _FORMAT or kind not in KINDS or not (count.isdecimal() and len(count) < 16):
+            raise ModelError(f"{path}: not the statistics of an adapter")
+        expected = _forms(kind, adapter)
+        for name in sorted(expected.keys() ^ stored.keys()):
+            raise ModelError(f"{path}: {name} is {'missing' if name in expected else 'not of this adapter'}")
+        for name, form in expected.items():
+            if stored[name].shape != form:
+                raise ModelError(f"{path}: {name} has another shape than the adapter")
+        tensors = load_tensors(path)
+    except (OSError, ValueError) as error:
         hint = "its participant writes it with potluck.compose.statistics"
         raise ModelError(f"{path}: cannot be read ({error})", hint) from None
     _check_values(path, kind, tensors)

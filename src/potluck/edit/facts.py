@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from potluck.errors import EditError
+from potluck.untrusted import load_json
 
 MAX_EDITS = 5_000  # in one batch
 _MAX_FILE_BYTES = 1 << 28
@@ -95,7 +96,7 @@ def read_edits(path: Path, limit: int = MAX_EDITS, left_out: list[str] | None = 
     try:
         if path.stat().st_size > _MAX_FILE_BYTES:
             raise EditError(f"{path}: larger than {_MAX_FILE_BYTES >> 20} MiB", "cut it into several files")
-        rows = json.loads(path.read_text(encoding="utf-8"))
+        rows = load_json(path, most_bytes=_MAX_FILE_BYTES)
     except (OSError, ValueError, RecursionError) as error:
         raise EditError(f"{path}: cannot be read as edits ({error})", "a JSON list, one object an edit") from None
     if not isinstance(rows, list) or not rows or not all(isinstance(row, dict) for row in rows):

@@ -13,8 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor
 
 from potluck.aggregation.statistics import Statistics
@@ -26,6 +25,8 @@ from potluck.edit.weights import WeightEditor, WeightSettings, Written
 from potluck.errors import EditError
 from potluck.files import appearing, storing, write_text
 from potluck.models.export import save_like
+from potluck.tensors import load_tensors
+from potluck.untrusted import load_json
 
 FOLDER = "edits"
 _FORMAT = "potluck-edits-2"  # 1: AlphaEdit's and ROME's settings meant something else
@@ -81,10 +82,10 @@ def load_edited(folder: Path) -> WeightEditor:
     base = load_base(folder, "auto")
     place = folder / FOLDER
     try:
-        facts = json.loads((place / "edits.json").read_text(encoding="utf-8"))
-        tensors = load_file(place / "edits.safetensors")
+        facts = load_json(place / "edits.json")
+        tensors = load_tensors(place / "edits.safetensors")
         editor = _editor(base, facts, tensors)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, SafetensorError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         hint = "`potluck edit apply` writes folders whose edits can be taken back"
         raise EditError(f"{folder}: it is not known which edits were made here ({error})", hint) from None
     if facts["edited"] != weights_hash(editor.base.model):

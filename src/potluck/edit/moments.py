@@ -12,7 +12,6 @@ from itertools import islice
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -22,6 +21,7 @@ from potluck.corpus.tokenizer import pieces
 from potluck.edit.layout import Layout, run_to
 from potluck.errors import CorpusError, EditError
 from potluck.files import storing
+from potluck.tensors import load_tensors, read_header
 
 KIND = "moments"
 MOST_TOKENS = 1 << 17  # of a text; more change little, and cost a forward pass each
@@ -129,9 +129,8 @@ def kept_moments(
 def _read(path: Path) -> tuple[Tensor, int] | None:
     """A layer's sum and how many tokens it is of; nothing if it was not taken yet, or is damaged."""
     try:
-        with safe_open(path, "pt") as file:
-            return file.get_tensor("moment"), int((file.metadata() or {})["tokens"])
-    except (OSError, SafetensorError, KeyError, ValueError):
+        return load_tensors(path)["moment"], int(read_header(path).about["tokens"])
+    except (OSError, KeyError, ValueError):
         return None
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
@@ -19,6 +18,7 @@ from potluck.edit.memories import RECORD
 from potluck.edit.wise import Shard, WiseMemory, WiseSettings
 from potluck.errors import EditError
 from potluck.models.memory import EditedForCausalLM
+from potluck.untrusted import load_json
 
 Memory = GraceMemory | WiseMemory
 
@@ -37,7 +37,7 @@ def load_memory(folder: Path) -> tuple[Base, Memory]:
     """
     whole = load_base(folder, "auto")
     try:
-        record = json.loads((folder / RECORD).read_text(encoding="utf-8"))
+        record = load_json(folder / RECORD)
         model = cast(EditedForCausalLM, whole.model)
         model.detach()
         base = Base(model.edited, whole.vocabulary, whole.place)

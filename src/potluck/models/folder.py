@@ -6,27 +6,25 @@ Other weight files beside them, and an index beside a single file, are of no acc
 
 from __future__ import annotations
 
-import json
 import math
 import shutil
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from potluck.errors import ModelError
+from potluck.tensors import SIZES, read_header
+from potluck.untrusted import load_json
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
-SIZES = {"F64": 8, "I64": 8, "U64": 8, "F32": 4, "I32": 4, "U32": 4, "F16": 2, "BF16": 2, "I16": 2, "U16": 2}
-SIZES |= {"F8_E4M3": 1, "F8_E5M2": 1, "I8": 1, "U8": 1, "BOOL": 1}
 GENERATION = "generation_config.json"
 _TOKENIZER = (
     *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json"),
     *("vocab.txt", "merges.txt", "*.model", "*.tiktoken", "tekken.json", "chat_template.*"),
     *("additional_chat_templates/*.jinja", "LICENSE*", "NOTICE*"),
 )
-_MAX_HEADER_BYTES = 100 << 20
-_MALFORMED = (ArithmeticError, AttributeError, KeyError, RecursionError, TypeError, ValueError)
+_MALFORMED = (AttributeError, KeyError, TypeError, ValueError)
+_DIGITS = 40  # some write 10^30 for a length without bound
 
 
 @dataclass(frozen=True)
@@ -60,7 +58,7 @@ def folder_config(folder: Path) -> dict[str, Any]:
         hint = "was it moved? Name its new place: `model.path` in the recipe, of a run in the recipe.toml of its folder"
         raise ModelError(f"{folder}: there is no such model folder", hint)
     try:
-        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        config = load_json(folder / "config.json", digits=_DIGITS)
     except (OSError, ValueError) as error:
         raise ModelError(f"{folder}: not a model folder ({error})", "save it with model.save_pretrained") from None
     if not isinstance(config, dict):
@@ -99,9 +97,7 @@ def weight_files(folder: Path) -> list[Path]:
         hint = "potluck loads nothing pickled; save with model.save_pretrained"
         raise ModelError(f"{folder}: no {WEIGHTS}", hint)
     try:
-        if (folder / INDEX).stat().st_size > _MAX_HEADER_BYTES:
-            raise ValueError("larger than any index")
-        names = set(json.loads((folder / INDEX).read_text(encoding="utf-8"))["weight_map"].values())
+        names = set(load_json(folder / INDEX)["weight_map"].values())
     except (OSError, *_MALFORMED) as error:
         raise ModelError(f"{folder}/{INDEX}: cannot be read ({error})") from None
     if not all(isinstance(name, str) and name == Path(name).name for name in names):
@@ -124,27 +120,8 @@ def stored_tensors(folder: Path) -> dict[str, Stored]:
 def _header(path: Path) -> dict[str, Stored]:
     """What a file's header says, checked against the file."""
     try:
-        with path.open("rb") as file:
-            size = path.stat().st_size
-            length = int.from_bytes(file.read(8), "little")
-            if not 2 <= length <= min(_MAX_HEADER_BYTES, size - 8):
-                raise ModelError(f"{path}: not a safetensors file, or cut off")
-            text = file.read(length)
+        return {name: Stored(e.dtype, e.shape, path, e.begin) for name, e in read_header(path).tensors.items()}
     except OSError as error:
         raise ModelError(f"{path}: cannot be read ({error.strerror})") from None
-    try:
-        header = json.loads(text)
-        header.pop("__metadata__", None)
-        return {name: _checked(path, 8 + length, size, entry) for name, entry in header.items()}
-    except _MALFORMED as error:
+    except ValueError as error:
         raise ModelError(f"{path}: not a safetensors file, or cut off ({error})") from None
-
-
-def _checked(path: Path, data: int, size: int, entry: Mapping[str, Any]) -> Stored:
-    begin, end = (int(place) for place in entry["data_offsets"])
-    tensor = Stored(str(entry["dtype"]), tuple(int(length) for length in entry["shape"]), path, data + begin)
-    if tensor.dtype not in SIZES:
-        raise ValueError(f"numbers of type {tensor.dtype}")
-    if min(tensor.shape, default=0) < 0 or begin < 0 or end - begin != tensor.nbytes or data + end > size:
-        raise ValueError("a tensor does not lie where the header says")
-    return tensor

@@ -80,7 +80,7 @@ def recipe_toml(recipe: Recipe) -> str:
 
 def shareable(text: str) -> str:
     """A recipe file as other people get it: files and folders of this machine by their names alone."""
-    raw = tomllib.loads(text)
+    raw = loads_toml(text)
     told = renamed_paths(raw, name_of)
     return text if told == raw else _ELSEWHERE + tomli_w.dumps(told)
 

@@ -9,35 +9,22 @@ one state that is sent with several tasks is one payload. Nothing in a message i
 from __future__ import annotations
 
 import hashlib
-import json
 import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load, load_file
 from torch import Tensor
 
 from potluck.contribution import Contribution, Fields, Packed, Scalar, Task
 from potluck.errors import TrainingError
+from potluck.tensors import load_tensors
+from potluck.untrusted import loads
 from potluck.updates.framing import FORMAT, as_json, fields_of, message_bytes, payload_header, payload_order
 
 MAX_FIELDS_BYTES = 1 << 20
 _DTYPES = {torch.int64: "I64", torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16", torch.uint8: "U8"}
-# What safetensors and torch raise at a payload that is none, sizes beyond 2^63 and unknown types among it.
-_UNREADABLE = (
-    SafetensorError,
-    KeyError,
-    TypeError,
-    ValueError,
-    AttributeError,
-    RecursionError,
-    OverflowError,
-    RuntimeError,
-    OSError,
-)
 _FIELDS = {"format", "message", "kind", "revision", "header", "sha256"}
 
 
@@ -83,10 +70,10 @@ def unpack(fields: Any, payload: bytes | Path | None) -> Task | Contribution:
         kind, revision, values = _checked(fields)
         if ("payload" in fields) != (payload is not None):
             raise ValueError("a payload that is not named, or is missing")
-        tensors = {} if payload is None else load_file(payload) if isinstance(payload, Path) else load(payload)
+        tensors = {} if payload is None else load_tensors(payload)
         if any(tensor.dtype not in _DTYPES for tensor in tensors.values()):
             raise ValueError("a tensor of a type that is not sent")
-    except _UNREADABLE as error:
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise TrainingError(f"not a message of format {FORMAT}: {error}") from None
     if fields["message"] == "task":
         return Task(kind=kind, revision=revision, parameters=values, tensors=tensors)
@@ -126,14 +113,14 @@ def split_message(data: bytes) -> tuple[Any, bytes | None]:
         end = 8 + int.from_bytes(data[:8], "little")
         if not 10 <= end <= min(8 + MAX_FIELDS_BYTES, len(data)):
             raise ValueError(f"fields of {end - 8} bytes")
-        fields = json.loads(data[8:end])
+        fields = loads(data[8:end], most_bytes=MAX_FIELDS_BYTES)
         payload = fields.get("payload")
         if payload is None and len(data) > end:
             raise ValueError("a payload that is not named")
         if payload is None:
             return fields, None
         size, digest = payload["bytes"], payload["sha256"]
-    except (AttributeError, KeyError, TypeError, ValueError, RecursionError) as error:
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise TrainingError(f"not a message of format {FORMAT}: {error}") from None
     if size != len(data) - end:
         raise TrainingError(f"not a message of format {FORMAT}: a payload of {len(data) - end} bytes, {size} are named")

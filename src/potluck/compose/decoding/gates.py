@@ -10,13 +10,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor
 from torch.nn.functional import pad
 
 from potluck.errors import ModelError, StorageError
 from potluck.files import name_of, storing, write_text
+from potluck.tensors import load_tensors
+from potluck.untrusted import load_json
 
 WEIGHTS_FILE = "deferral.safetensors"
 ABOUT_FILE = "deferral.json"
@@ -99,10 +100,10 @@ def load_deferral(folder: Path, base_hash: str) -> Deferral:
     """
     try:
         paths = (folder / ABOUT_FILE, folder / WEIGHTS_FILE)
-        if any(path.stat().st_size > _MAX_BYTES for path in paths):
+        if paths[1].stat().st_size > _MAX_BYTES:
             raise ValueError("larger than any deferral")
-        about = json.loads(paths[0].read_text(encoding="utf-8"))
-        tensors = load_file(paths[1])
+        about = load_json(paths[0])
+        tensors = load_tensors(paths[1])
         found = Deferral(
             Gates(tensors["rows"].float(), tensors["bias"].float()),
             float(about["threshold"]),
@@ -115,7 +116,7 @@ def load_deferral(folder: Path, base_hash: str) -> Deferral:
             raise ValueError("rows, biases and assistants do not match")
         if not (torch.isfinite(rows).all() and torch.isfinite(bias).all() and 0 <= found.threshold <= 1):
             raise ValueError("values that are not finite, or a threshold that is no probability")
-    except (OSError, ValueError, KeyError, TypeError, RecursionError, SafetensorError) as error:
+    except (OSError, ValueError, KeyError, TypeError) as error:
         raise ModelError(f"{folder}: not a learnt deferral ({error})") from None
     if found.base_hash != base_hash:
         raise ModelError(f"{folder}: was learnt with another base: its gates read other states")

@@ -12,14 +12,15 @@ from typing import Any
 
 import numpy as np
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor
 
 from potluck.compose.base import Base
 from potluck.errors import ModelError
 from potluck.files import storing, write_text
 from potluck.models.mixture import MAPS, Kind, feed_forwards
+from potluck.tensors import load_tensors
+from potluck.untrusted import load_json
 
 WEIGHTS_FILE = "expert.safetensors"
 FACTS_FILE = "expert.json"
@@ -92,9 +93,9 @@ def load_expert(folder: Path) -> Expert:
     """
     facts = _facts(folder / FACTS_FILE)
     try:
-        tensors = load_file(folder / WEIGHTS_FILE)
+        tensors = load_tensors(folder / WEIGHTS_FILE)
         evidence, embedding = tensors.pop(EVIDENCE), tensors.pop(EMBEDDING)
-    except (OSError, SafetensorError, KeyError) as error:
+    except (ValueError, KeyError) as error:
         raise ModelError(f"{folder}/{WEIGHTS_FILE}: cannot be read ({error})", "was it written in full?") from None
     for name, tensor in {**tensors, EVIDENCE: evidence, EMBEDDING: embedding}.items():
         if tensor.dtype != torch.float32 or not torch.isfinite(tensor).all():
@@ -158,9 +159,7 @@ def stream_hash(tokens: np.ndarray) -> str:
 
 def _facts(path: Path) -> dict[str, Any]:
     try:
-        if path.stat().st_size > _MAX_FACTS_BYTES:
-            raise ModelError(f"{path}: larger than any expert's facts")
-        table = json.loads(path.read_text(encoding="utf-8"))
+        table = load_json(path, most_bytes=_MAX_FACTS_BYTES)
         facts = {key: table[key] for key in ("name", "kind", "rank", "base_hash", "public_hash", "about")}
     except (OSError, ValueError, KeyError, TypeError) as error:
         hint = "name a folder that `potluck expert train` wrote"

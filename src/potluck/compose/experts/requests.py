@@ -9,8 +9,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor
 from transformers import FlexOlmoForCausalLM, PreTrainedModel
 
@@ -29,6 +28,8 @@ from potluck.models.export import save_like
 from potluck.models.mixture import MixtureForCausalLM
 from potluck.models.shapes import context_length
 from potluck.recipe.schema import ModelFolder
+from potluck.tensors import load_tensors
+from potluck.untrusted import load_json
 
 RECORD_FILE = "experts.json"
 UNTUNED_FILE = "untuned_router.safetensors"
@@ -289,14 +290,14 @@ def _keep_untuned(model: PreTrainedModel, folder: Path) -> None:
 
 def _untuned(folder: Path) -> dict[str, Any]:
     try:
-        return dict(load_file(folder / UNTUNED_FILE))
-    except (OSError, SafetensorError) as error:
+        return dict(load_tensors(folder / UNTUNED_FILE))
+    except ValueError as error:
         raise ModelError(f"{folder}/{UNTUNED_FILE}: cannot be read ({error})") from None
 
 
 def _record(folder: Path) -> dict[str, Any]:
     try:
-        table = json.loads((folder / RECORD_FILE).read_text(encoding="utf-8"))
+        table = load_json(folder / RECORD_FILE)
         how = Mixed(**table["how"])
         numbers = (how.experts_per_token, how.router_steps, how.seed)
         if not all(isinstance(number, int) for number in numbers) or how.experts_per_token < 1:

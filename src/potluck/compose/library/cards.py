@@ -15,6 +15,7 @@ from potluck.compose.fit import check_adapter
 from potluck.compose.library.specification import Specification
 from potluck.compose.routing.evidence import PROFILE_FILE
 from potluck.errors import ModelError, RecipeError
+from potluck.untrusted import loads
 
 SPECIFICATION_FILE = "specification.safetensors"
 NAME = r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}"
@@ -91,11 +92,13 @@ def read_card(content: str | bytes, what: str) -> Card:
         ModelError: It is not one.
     """
     try:
-        return Card.model_validate_json(content)
+        return Card.model_validate(loads(content))
     except ValidationError as error:
         first = error.errors()[0]
         place = ".".join(map(str, first["loc"]))
         raise ModelError(f"{what}: not an entry's card ({place}: {first['msg']})") from None
+    except ValueError as error:
+        raise ModelError(f"{what}: not an entry's card ({error})") from None
 
 
 def card_of(

@@ -13,21 +13,21 @@ name, facts and rank at each map. Terms are counted by map, then by adapter, the
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
-from safetensors import SafetensorError
-from safetensors.torch import load, save
+from pydantic import BaseModel, ConfigDict, Field
+from safetensors.torch import save
 from torch import Tensor
 
 from potluck.compose.adapter import Adapter, Factors
 from potluck.compose.library.storage import Files
 from potluck.errors import ModelError
+from potluck.tensors import load_tensors, read_header
+from potluck.untrusted import loads
 
 MAX_POOL = 256  # what a byte can say
 MAX_SHARD = 64
@@ -147,12 +147,11 @@ def load_packed(path: Path) -> Packed:
     if content is None:
         raise ModelError(f"{path}: no such file", "pack adapters with potluck.compose.library.packing.pack")
     try:
-        found = load(content)
-        header = json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")])
-        layout = Layout.model_validate_json(header["__metadata__"][_KEY])
+        layout = Layout.model_validate(loads(read_header(content).about[_KEY]))
+        found = load_tensors(content)
         sides = {side: Side(*(found.pop(f"{side}.{key}") for key in ("pool", "scales", "indices"))) for side in _SIDES}
         packed = Packed(layout, found.pop("stages"), **sides)
-    except (SafetensorError, ValidationError, ValueError, LookupError, TypeError) as error:
+    except (ValueError, LookupError, TypeError) as error:
         raise ModelError(f"{path}: not a set of packed adapters ({error})") from None
     wrong = ", ".join(found) if found else _mistake(packed)
     if wrong:

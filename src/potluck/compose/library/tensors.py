@@ -7,11 +7,12 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load, save
+from safetensors.torch import save
 from torch import Tensor
 
 from potluck.errors import ModelError
+from potluck.tensors import load_tensors, read_header
+from potluck.untrusted import loads
 
 _KEY = "about"  # one key for all facts: safetensors writes several in an order that changes
 
@@ -29,10 +30,9 @@ def unpacked(content: bytes, what: str) -> tuple[dict[str, Tensor], dict[str, An
         ModelError: It is no such content, or a number in it is not finite.
     """
     try:
-        tensors = load(content)
-        header = json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")])
-        facts = json.loads(header["__metadata__"][_KEY])
-    except (SafetensorError, ValueError, LookupError, TypeError) as error:
+        facts = loads(read_header(content).about[_KEY])
+        tensors = load_tensors(content)
+    except (ValueError, LookupError) as error:
         raise ModelError(f"{what}: cannot be read ({error})") from None
     found = {name: tensor.float() for name, tensor in tensors.items()}
     if not isinstance(facts, dict) or not all(torch.isfinite(tensor).all() for tensor in found.values()):

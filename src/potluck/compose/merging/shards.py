@@ -20,7 +20,8 @@ from torch import Tensor
 
 from potluck.errors import ModelError
 from potluck.files import storing
-from potluck.models.folder import INDEX, SIZES, WEIGHTS, Stored
+from potluck.models.folder import INDEX, WEIGHTS, Stored
+from potluck.tensors import SIZES
 
 FLOATS = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 

@@ -15,8 +15,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load, save
+from safetensors.torch import save
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
@@ -24,6 +23,7 @@ from potluck.compose.adapter import Adapter, Factors
 from potluck.compose.lora import added, check_fits
 from potluck.compose.routing.bundle import Bundle, by_module
 from potluck.errors import ModelError, RecipeError
+from potluck.tensors import load_tensors
 
 PROFILE_FILE = "profile.safetensors"
 
@@ -71,8 +71,8 @@ def read_profile(content: bytes, what: str, vocabulary_size: int) -> Tensor:
         ModelError: It is damaged, or belongs to another vocabulary.
     """
     try:
-        profile = load(content)["log_odds"].float()
-    except (SafetensorError, KeyError) as error:
+        profile = load_tensors(content)["log_odds"].float()
+    except (ValueError, KeyError) as error:
         raise ModelError(f"{what}: no usable profile ({error})") from None
     if profile.shape != (vocabulary_size,) or not torch.isfinite(profile).all():
         raise ModelError(f"{what}: not a profile over {vocabulary_size} tokens")

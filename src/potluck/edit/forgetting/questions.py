@@ -16,6 +16,7 @@ from potluck.corpus.world import Fact
 from potluck.edit.facts import Edit, read_edits
 from potluck.errors import EditError
 from potluck.files import write_text
+from potluck.untrusted import loads
 
 _MAX_FILE_BYTES = 1 << 28
 _MAX_CHARACTERS = 4_000
@@ -73,7 +74,7 @@ def read_questions(path: Path, task: str = "") -> list[Question]:
         if not line.strip():
             continue
         try:
-            record = json.loads(line)
+            record = loads(line)
             if task and str(record.get("task_id", task)) != task:
                 continue
             found.append(_question(record, number))

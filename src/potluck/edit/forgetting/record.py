@@ -18,6 +18,7 @@ from typing import Any
 
 from potluck.errors import EditError, MissingExtra
 from potluck.files import write_text
+from potluck.untrusted import load_json
 
 try:
     from potluck.engine.nats import identity
@@ -98,9 +99,7 @@ def read_record(path: Path) -> Record:
         EditError: It cannot be read, is no record, or the signature is not that of this record.
     """
     try:
-        if path.stat().st_size > _MAX_BYTES:
-            raise ValueError("too large")
-        table = json.loads(path.read_text(encoding="utf-8"))
+        table = load_json(path, most_bytes=_MAX_BYTES)
         if not isinstance(table, dict) or table.keys() != {field.name for field in fields(Record)}:
             raise ValueError("other fields than those of a record")
         if not all(isinstance(table[name], str) for name in _TEXTS):

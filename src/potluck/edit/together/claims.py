@@ -20,6 +20,7 @@ from torch import Tensor
 from potluck.edit.facts import MAX_EDITS, Edit
 from potluck.errors import EditError
 from potluck.recipe.editing import Policy
+from potluck.untrusted import load_json
 
 HASH_BYTES = 32
 MIN_SECRET_BYTES = 16
@@ -212,7 +213,7 @@ def read_decisions(path: Path) -> Decisions:
     try:
         if not path.exists():
             return Decisions()
-        raw = json.loads(path.read_text(encoding="utf-8"))
+        raw = load_json(path)
         if not isinstance(raw, dict) or not raw.keys() <= {"keep", "drop"}:
             raise ValueError("an object with `keep` and `drop`")
         return Decisions(*(frozenset(_pairs(raw.get(key, []))) for key in ("keep", "drop")))

@@ -43,6 +43,7 @@ from potluck.edit.together.sums import (
 from potluck.errors import EditError
 from potluck.models.flat import state_hash
 from potluck.recipe.editing import Editing
+from potluck.untrusted import loads
 
 CLAIMS, MOMENTS, EDIT = "claims", "moments", "edit"
 _MAX_CONTEXTS = 1 << 14  # characters
@@ -327,7 +328,7 @@ def read_contexts(said: object) -> str:
         EditError: They are none.
     """
     try:
-        found = json.loads(said) if isinstance(said, str) and len(said) <= _MAX_CONTEXTS else None
+        found = loads(said, most_bytes=_MAX_CONTEXTS, depth=1) if isinstance(said, str) else None
     except ValueError:
         found = None
     if not isinstance(found, list) or not all(isinstance(text, str) for text in found):
