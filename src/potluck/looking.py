@@ -7,7 +7,6 @@ import shutil
 import time
 from collections.abc import Callable
 from contextlib import closing
-from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -18,7 +17,7 @@ from rich.text import Text
 from potluck.engine.nats.bulk import Bulk
 from potluck.engine.nats.connection import Access, Connection, access_of
 from potluck.engine.nats.frames import read_frame
-from potluck.engine.nats.identity import Invite, load_invite, read_or_make_seed, tls_context
+from potluck.engine.nats.identity import Invite, load_invite, own_invite, tls_context
 from potluck.engine.nats.members import Members
 from potluck.engine.nats.premises import WATCHER
 from potluck.engine.nats.subjects import CHUNK_BYTES, COORDINATOR, Names
@@ -68,11 +67,7 @@ def examine_access(invite_path: Path, key: Path | None, folder: Path) -> Found:
     Raises:
         InviteError: The invite or the key cannot be used.
     """
-    invite = load_invite(invite_path)
-    if not invite.seed and key is None:
-        raise InviteError(f"{invite_path}: holds no key", "name your own key file: --key FILE")
-    if not invite.seed and key is not None:
-        invite = replace(invite, seed=read_or_make_seed(key))
+    invite = own_invite(invite_path, key)
     access, names = access_of(invite), Names(invite.run)
     findings: list[dict[str, Any]] = []
 

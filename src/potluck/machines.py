@@ -17,7 +17,7 @@ from potluck.engine.nats.blobs import Blobs, JetStreamBlobs
 from potluck.engine.nats.claim import session_of
 from potluck.engine.nats.connection import Access, Connection, access_of
 from potluck.engine.nats.coordinator import Post
-from potluck.engine.nats.identity import Invite, load_invite, public_key, read_or_make_seed
+from potluck.engine.nats.identity import Invite, own_invite, public_key, read_or_make_seed
 from potluck.engine.nats.premises import Place, Premises, open_premises
 from potluck.engine.nats.server import Server
 from potluck.engine.nats.site import Site
@@ -330,14 +330,10 @@ def _tell_how_to_join(premises: Premises, recipe: Recipe, console: Console) -> N
 
 def _invite(url: str | None, path: Path, key: Path | None) -> Invite:
     """An invite with the address and the key of the command line."""
-    invite = load_invite(path)
+    invite = own_invite(path, key)
     if url is not None:
         try:
             invite = replace(invite, urls=(server_url(url, "tls" if invite.secure else "nats"),))
         except ValueError as error:
             raise InviteError(str(error)) from None
-    if not invite.seed and key is None:
-        raise InviteError(f"{path}: holds no key", "name the file that `potluck join --make-key` wrote: --key FILE")
-    if invite.seed and key is not None:
-        raise InviteError(f"{path}: holds a key already", "leave out --key")
-    return replace(invite, seed=read_or_make_seed(key)) if key is not None else invite
+    return invite

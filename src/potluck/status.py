@@ -155,7 +155,18 @@ def shown(found: Found) -> RenderableType:
         return Group(
             f"{found['recipe']}: {found['state']}", *(f"  {n}: {_headline(r)}" for n, r in found["runs"].items())
         )
-    names = ("participant", "presence", "task", "worked", "text", "last answer", "loss", "held-out", "sent up")
+    names = (
+        "participant",
+        "presence",
+        "task",
+        "worked",
+        "text",
+        "device",
+        "last answer",
+        "loss",
+        "held-out",
+        "sent up",
+    )
     rows = [(name, *_cells(facts)) for name, facts in found["participants"].items()]
     used = [place for place in range(len(names)) if not place or any(row[place] for row in rows)]
     made = table(*(names[place] for place in used))
@@ -195,6 +206,7 @@ def _cells(facts: Found) -> list[str]:
         str(facts.get("task", "")),
         f"{facts['worked_seconds']:.0f} s" if "worked_seconds" in facts else "",
         f"{holding['train_tokens']:,} tokens" if "train_tokens" in holding else "",
+        str((facts.get("environment") or {}).get("device", "")),
         answer + why,
         "" if loss is None else f"{loss:.3f}",
         "" if bits is None else f"{bits:.3f}",

@@ -174,6 +174,13 @@ def test_own_keys_and_rotation(potluck: Potluck, tables: Tables, sources: dict[s
     recipe = potluck.recipe(tables, rounds={"count": 2, "local_steps": 2})
     hosted = Hosted(potluck, recipe, tmp_path / "run", "--key", f"ada={public}")
     assert 'seed = ""' in hosted.invite("ada").read_text()
+    public = potluck("join", "--make-key", tmp_path / "eve.key", "--json").result["public"]
+    for key, says in (("eve", "not the key of ada that the coordinator was given"), ("gone", "no such key")):
+        words = ("--invite", hosted.invite("ada"), "--key", tmp_path / f"{key}.key")
+        refused = potluck("join", *words, "--data", sources["ada"]["path"], "--json", code=12).result
+        assert says in refused["error"]
+        potluck("doctor", *words, code=12)
+    assert not (tmp_path / "gone.key").exists() and public not in hosted.invite("ada").read_text()
     old = hosted.invite("bob").read_text()
     hosted.until(lambda: "server:" in hosted.said())
     hosted.coordinator.signal(signal.SIGTERM)

@@ -12,7 +12,7 @@ import os
 import re
 import ssl
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
@@ -164,7 +164,8 @@ class Invite:
         certificate, fingerprint: The one certificate that the server may show, PEM, and its SHA-256; empty for a
             server whose certificate an authority of the system vouches for, or without TLS.
         coordinator: The coordinator's public key: tasks are signed with it.
-        seed: The participant's key; empty if it has made its own.
+        seed: The participant's key; empty if it has made its own ...
+        public: ... of which this is the public half, as the coordinator was told.
     """
 
     run: str
@@ -175,6 +176,7 @@ class Invite:
     certificate: str = ""
     fingerprint: str = ""
     seed: str = ""
+    public: str = ""
 
     @property
     def secure(self) -> bool:
@@ -213,6 +215,31 @@ def load_invite(path: Path) -> Invite:
     if invite.certificate and fingerprint(invite.certificate) != invite.fingerprint:
         raise InviteError(f"{path}: its certificate is not the one it names", "ask the coordinator for a new invite")
     return invite
+
+
+def own_invite(path: Path, key: Path | None) -> Invite:
+    """An invite with the participant's key in it: its own, or that of a file.
+
+    Raises:
+        InviteError: It holds no key and none is named, it holds one already, or the key is somebody else's.
+    """
+    invite = load_invite(path)
+    if key is None:
+        if not invite.seed:
+            raise InviteError(f"{path}: holds no key", "name the file that `potluck join --make-key` wrote: --key FILE")
+        return invite
+    if invite.seed:
+        raise InviteError(f"{path}: holds a key already", "leave out --key")
+    if not key.exists():
+        raise InviteError(f"{key}: there is no such key", "`potluck join --make-key FILE` wrote it")
+    seed = read_or_make_seed(key)
+    if invite.public not in ("", public_key(seed)):
+        raise InviteError(
+            f"{key}: not the key of {invite.participant} that the coordinator was given",
+            f"name that one; or have this one put in its place: `potluck host ... --key {invite.participant}="
+            f"{public_key(seed)}`",
+        )
+    return replace(invite, seed=seed)
 
 
 def tls_context(certificate: str) -> ssl.SSLContext:

@@ -161,6 +161,7 @@ def open_premises(
             certificate=certificate,
             fingerprint=fingerprint(certificate) if certificate else "",
             seed="" if own else kept or new_seed(),
+            public=own,
         )
         save_invite(invite, path)
         keys[role] = own or public_key(invite.seed)
