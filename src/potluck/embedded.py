@@ -18,6 +18,7 @@ from potluck.contribution import HeldOutText, ParticipantInfo
 from potluck.corpus.batches import Batches, Seat, documents_drawn
 from potluck.corpus.shards import Corpus, Holding, Shard, build_corpus
 from potluck.corpus.tokenizer import Vocabulary
+from potluck.edit.facts import usable_edits
 from potluck.edit.layout import layout_of
 from potluck.edit.together.claims import read_secret
 from potluck.edit.together.maps import Maps, maps_of
@@ -55,11 +56,14 @@ def prepare(recipe: Recipe, say: Callable[[str], None]) -> Workplace:
     """Build token shards and the network; the slow work before a run.
 
     Raises:
-        CorpusError, ModelError, RecipeError: What a run would need is not there.
+        CorpusError, ModelError, RecipeError, EditError: What a run would need is not there.
     """
     if recipe.compute.threads:
         torch.set_num_threads(recipe.compute.threads)
     device_named(recipe.compute.device)  # before any slow work
+    for person in recipe.participants if recipe.editing is not None else ():
+        if person.edits is not None:
+            usable_edits(Path(person.edits), say)
     check_context(recipe.model, recipe.local.sequence_length)
     corpus = build_corpus(recipe, say)
     vocabulary = corpus.vocabulary
@@ -268,9 +272,7 @@ def _participants(
             held_out_of(holding),
             new_state(network, optimizer, recipe, fragments) if name in variant.trainers else replace(idle),
             fragments,
-            editor=site_in(
-                network, recipe, name, workplace.corpus.vocabulary, holding.train.tokens, edits.get(name), secret
-            ),
+            editor=editor(name, holding),
         )
         for name, holding in holdings.items()
     }

@@ -34,6 +34,7 @@ from potluck.compose.decoding.participants import KIND as PREDICT
 from potluck.contribution import Contribution
 from potluck.corpus.shards import Corpus, Holding, build_corpus
 from potluck.corpus.tokenizer import Vocabulary, vocabulary_of
+from potluck.edit.facts import usable_edits
 from potluck.edit.together.claims import read_secret
 from potluck.embedded import batches_of, environment, fragments_in, held_out_of, holding_facts, site_in
 from potluck.engine.nats.coordinator import Post
@@ -215,6 +216,8 @@ def _prepare(joined: Joined, vocabulary: Vocabulary) -> tuple[Participant, Local
     predictor = _predictor(joined, vocabulary)
     if joined.edits is not None and recipe.editing is None:
         joined.journal("this run edits no facts: the edits that are named here stay unused")
+    elif joined.edits is not None:
+        usable_edits(Path(joined.edits), joined.journal)
     secret = None if joined.edit_secret is None else read_secret(joined.edit_secret)
     editor = site_in(network, recipe, name, vocabulary, holding.train.tokens, joined.edits, secret)
     participant = Participant(

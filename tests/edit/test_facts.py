@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from potluck.corpus.world import documents_of, facts
-from potluck.edit.facts import Edit, read_edits, write_edits
+from potluck.edit.facts import Edit, read_edits, usable_edits, write_edits
 from potluck.edit.of_world import changed_world, write_world
 from potluck.errors import EditError, StorageError
 
@@ -68,6 +68,8 @@ def test_records_of_published_files_that_cannot_be_edited_are_named(tmp_path: Pa
     assert (edit.target, edit.old, edit.neighbours, edit.truths) == ("Rome", "Oslo", ("who sings",), ("Bo",))
     assert [text.partition(":")[0] for text in left_out] == ["record 1", "record 2", "record 3"]
     assert "target is empty" in left_out[0] and "contradict" in left_out[1]
+    told: list[str] = []
+    assert usable_edits(tmp_path / "edits.json", told.append) == [edit] and len(told) == 3
     with pytest.raises(EditError, match="edit 1: the target is empty"):
         read_edits(tmp_path / "edits.json")
     with pytest.raises(EditError, match="none of 1 records"):

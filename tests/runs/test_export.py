@@ -96,3 +96,21 @@ def test_what_is_shown_to_others_says_nothing_of_this_machine(
     assert [p["source"]["path"] for p in exported["participants"]] == ["ada", "bob"]
     assert 'base_model: "base"' in (run / "model" / "README.md").read_text()
     assert str(home / "texts" / "ada") in (run / "recipe.toml").read_text()  # the run itself goes on from it
+
+
+def test_a_base_that_was_moved_is_asked_for_by_its_new_place(
+    potluck: Potluck, tables: Tables, done: Path, tmp_path: Path
+) -> None:
+    """The run's recipe may name it: where a base lies decides nothing."""
+    base, run = tmp_path / "base", tmp_path / "onward"
+    shutil.copytree(done / "model", base)
+    own = {key: value for key, value in tables.items() if key != "tokenizer"}
+    recipe = potluck.recipe(own, model={"path": str(base)}, rounds={"count": 1, "local_steps": 1})
+    potluck("train", recipe, "--set", f"records.folder={run}")
+    base.rename(tmp_path / "moved")
+    for words in (("evaluate", run), ("generate", run), ("check", recipe)):
+        said = potluck(*words, code=5).err
+        assert f"{base}" in said and "no such" in said and "was it moved?" in said, said
+    place = run / "recipe.toml"
+    place.write_text(place.read_text().replace(str(base), str(tmp_path / "moved")))
+    potluck("generate", run, "--prompt", "x", "--max-tokens", 2)

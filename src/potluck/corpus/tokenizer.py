@@ -320,7 +320,8 @@ def folder_tokens(folder: Path) -> dict[str, int]:
 def _reading(folder: Path) -> Iterator[None]:
     """Turn whatever a tokenizer's files raise into our own error."""
     if not folder.is_dir():
-        raise ModelError(f"tokenizer {folder}: there is no such folder")
+        hint = "was it moved? Name its new place: `path` in the recipe, of a run in the recipe.toml of its folder"
+        raise ModelError(f"tokenizer {folder}: there is no such folder", hint)
     with refusing(_unusable(folder), _FOLDER_HINT):
         yield
 

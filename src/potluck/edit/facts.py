@@ -128,6 +128,19 @@ def read_edits(path: Path, limit: int = MAX_EDITS, left_out: list[str] | None = 
     return edits
 
 
+def usable_edits(path: Path, say: Callable[[str], None]) -> list[Edit]:
+    """The edits of a file without those records of a published form that are none, told which these are.
+
+    Raises:
+        EditError: As `read_edits`.
+    """
+    left_out: list[str] = []
+    edits = read_edits(path, left_out=left_out)
+    for why in left_out:
+        say(f"{path}: left out: {why}")
+    return edits
+
+
 def write_edits(path: Path, edits: Sequence[Edit]) -> None:
     """Write them in our own form."""
     path.write_text(json.dumps([asdict(edit) for edit in edits], indent=1, ensure_ascii=False) + "\n", encoding="utf-8")

@@ -55,7 +55,7 @@ def folder_config(folder: Path) -> dict[str, Any]:
         ModelError: It is not there or not JSON.
     """
     if not folder.exists():
-        hint = "was it moved? Name its new place: `model.path` in the recipe, of a run in the recipe.toml of its folder"
+        hint = "was it moved? Name its new place: `path` in the recipe, of a run in the recipe.toml of its folder"
         raise ModelError(f"{folder}: there is no such model folder", hint)
     try:
         config = load_json(folder / "config.json", digits=_DIGITS)

@@ -22,7 +22,7 @@ from potluck.contribution import Contribution, Scalar, Task
 from potluck.corpus.tokenizer import Vocabulary
 from potluck.edit.contexts import contexts, hidden_at, keys_at
 from potluck.edit.evaluation import right_answers
-from potluck.edit.facts import Edit, read_edits
+from potluck.edit.facts import Edit, usable_edits
 from potluck.edit.layout import layout_of
 from potluck.edit.together.claims import claim_tensors, claims_of
 from potluck.edit.together.exchange import EDIT, MOMENTS, read_contexts
@@ -175,7 +175,7 @@ class Site:
             raise EditError(f"{self.name}: not a task of an edit")
         if self.edits is None:
             return 0, []
-        edits = read_edits(self.edits)
+        edits = usable_edits(self.edits, lambda _: None)  # it was said before the first round
         first = number * size
         return first, edits[first : first + size] if size else edits
 
