@@ -21,6 +21,7 @@ from potluck.compose.decoding.deferral import Lesson, learn_deferral
 from potluck.compose.decoding.gates import save_deferral
 from potluck.compose.decoding.models import Here, NextToken
 from potluck.compose.decoding.opened import Choice, opened, rule_of
+from potluck.corpus.shards import Corpus
 from potluck.corpus.tokenizer import Vocabulary, chat_templates, load_vocabulary, save_vocabulary
 from potluck.embedded import Workplace, embedded_run, environment, held_out_of, identity, prepare
 from potluck.errors import (
@@ -39,7 +40,7 @@ from potluck.local.generate import generate as continue_text
 from potluck.models.build import build_model
 from potluck.models.export import export_folder
 from potluck.models.flat import flatten
-from potluck.preflight import forecast
+from potluck.preflight import forecast, opened_text
 from potluck.recipe import Recipe, load_recipe, recipe_toml
 from potluck.recipe.engine import Nats
 from potluck.recipe.load import shareable
@@ -60,16 +61,16 @@ Result = dict[str, Any]
 
 def train(recipe_path: Path, settings: Sequence[str], console: Console) -> Result:
     """Train together, export, report."""
-    recipe = _checked_recipe(recipe_path, settings, console)
-    folder = run_folder(recipe)
+    recipe, corpus = _checked_recipe(recipe_path, settings, console)
+    folder, variant = run_folder(recipe), Variant("together", recipe.participant_names)
     with locked(folder):
-        create_run(folder, recipe, Variant("together", recipe.participant_names))
-        return _train(folder, recipe, Variant("together", recipe.participant_names), console, None)
+        create_run(folder, recipe, variant)
+        return _train(folder, recipe, variant, console, None, corpus)
 
 
 def compare(recipe_path: Path, settings: Sequence[str], console: Console, pooled: bool) -> Result:
     """Train together, each alone, and pooled; compare."""
-    recipe = _checked_recipe(recipe_path, settings, console)
+    recipe, corpus = _checked_recipe(recipe_path, settings, console)
     if not recipe.data.validation_fraction:
         raise RecipeError("data.validation_fraction is 0: there is no held-out text to compare on")
     if POOLED in recipe.participant_names:
@@ -78,7 +79,7 @@ def compare(recipe_path: Path, settings: Sequence[str], console: Console, pooled
     with locked(folder):
         trainers = (*recipe.participant_names, *((POOLED,) if pooled else ()))
         create_run(folder, recipe, Variant("comparison", trainers))
-        return _compare(folder, recipe, pooled, console)
+        return _compare(folder, recipe, pooled, console, corpus)
 
 
 def resume(folder: Path, console: Console, number: int | None) -> Result:
@@ -225,8 +226,8 @@ def export(folder: Path, to: Path | None, number: int | None, best: bool) -> Res
     return {"model": str(_export(folder, to or folder / "model", number, best))}
 
 
-def _checked_recipe(path: Path, settings: Sequence[str], console: Console) -> Recipe:
-    """A recipe whose participants are in this process, with the warnings that a run of it deserves.
+def _checked_recipe(path: Path, settings: Sequence[str], console: Console) -> tuple[Recipe, Corpus | None]:
+    """A recipe whose participants are in this process and its text, with the warnings that a run of it deserves.
 
     Raises:
         RecipeError: It is wrong, or its participants are elsewhere.
@@ -235,14 +236,17 @@ def _checked_recipe(path: Path, settings: Sequence[str], console: Console) -> Re
     if isinstance(recipe.engine, Nats):
         hint = f"`potluck host {path}` coordinates it; or --set engine.kind=inprocess"
         raise RecipeError(f"{path}: its participants are on machines of their own", hint)
-    warn(forecast(recipe).warnings, console)
-    return recipe
+    corpus = opened_text(recipe, console.print)
+    warn(forecast(recipe, corpus).warnings, console)
+    return recipe, corpus
 
 
-def _train(folder: Path, recipe: Recipe, variant: Variant, console: Console, number: int | None) -> Result:
+def _train(
+    folder: Path, recipe: Recipe, variant: Variant, console: Console, number: int | None, corpus: Corpus | None = None
+) -> Result:
     planned = Planned(folder, variant, recipe)
     with resumable(f"potluck resume {folder}") as stopping:
-        _run(prepare(recipe, console.print), planned, console, "", stopping, number)
+        _run(prepare(recipe, console.print, corpus), planned, console, "", stopping, number)
     return close_run(folder, console)
 
 
@@ -261,9 +265,9 @@ def close_run(folder: Path, console: Console) -> Result:
     }
 
 
-def _compare(folder: Path, recipe: Recipe, pooled: bool, console: Console) -> Result:
+def _compare(folder: Path, recipe: Recipe, pooled: bool, console: Console, corpus: Corpus | None = None) -> Result:
     with resumable(f"potluck resume {folder}") as stopping:
-        workplace = prepare(recipe, console.print)
+        workplace = prepare(recipe, console.print, corpus)
         for planned in planned_runs(recipe, folder, pooled):
             prefix = str(planned.folder.relative_to(folder)).replace("/", " ")
             with locked(planned.folder):

@@ -52,8 +52,13 @@ class Workplace:
     initial: Tensor
 
 
-def prepare(recipe: Recipe, say: Callable[[str], None]) -> Workplace:
+def prepare(recipe: Recipe, say: Callable[[str], None], corpus: Corpus | None = None) -> Workplace:
     """Build token shards and the network; the slow work before a run.
+
+    Args:
+        recipe: What is run.
+        say: Told before slow work.
+        corpus: The recipe's text, if it was opened before.
 
     Raises:
         CorpusError, ModelError, RecipeError, EditError: What a run would need is not there.
@@ -65,7 +70,7 @@ def prepare(recipe: Recipe, say: Callable[[str], None]) -> Workplace:
         if person.edits is not None:
             usable_edits(Path(person.edits), say)
     check_context(recipe.model, recipe.local.sequence_length)
-    corpus = build_corpus(recipe, say)
+    corpus = corpus or build_corpus(recipe, say)
     vocabulary = corpus.vocabulary
     model = build_model(recipe.model, vocabulary.size, vocabulary.end_of_text, recipe.seed)
     network = place(model, recipe.compute)
@@ -112,7 +117,7 @@ class Embedded:
         """Everybody's holding, and the machine."""
         holdings = self.workplace.corpus.holdings.values()
         return {
-            "participants": [holding_facts(h) for h in holdings],
+            "participants": [holding.facts for holding in holdings],
             "environment": environment(self.workplace.network),
         }
 
@@ -234,18 +239,6 @@ def held_out_of(holding: Holding) -> Shard | None:
 def _info(name: str, validation: Shard | None, holds: int) -> ParticipantInfo:
     held = None if validation is None else HeldOutText(len(validation.tokens) - 1, validation.text_bytes)
     return ParticipantInfo(name=name, evaluates=held is not None, holds=holds, held_out=held)
-
-
-def holding_facts(holding: Holding) -> dict[str, Any]:
-    """How much one participant holds, and the hash of its tokens."""
-    facts: dict[str, Any] = {"name": holding.name, "content_hash": holding.content_hash}
-    for side, shard in (("train", holding.train), ("validation", holding.validation)):
-        facts |= {
-            f"{side}_tokens": len(shard.tokens),
-            f"{side}_bytes": shard.text_bytes,
-            f"{side}_documents": shard.documents,
-        }
-    return facts
 
 
 def _participants(

@@ -10,7 +10,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from potluck.models.footprint import LARGE, Passing, Widths, evaluation_passing, step_passing, widths_of
-from potluck.models.shapes import frozen_count
 from potluck.recipe import Recipe
 from potluck.recipe.engine import Nats
 from potluck.recipe.local import AdamW, Muon
@@ -20,6 +19,7 @@ from potluck.traffic import Messages
 from potluck.updates.sizes import payload_bytes
 
 _FP32 = 4
+_WRITTEN_PER_ROUND = 500_000_000  # bytes of checkpoints, on the average: some seconds of a disk
 _INTERPRETER = 430_000_000  # Python, torch, transformers and what they keep; measured, see docs/explanation
 _TOKENIZER = 700  # bytes for each token; measured
 
@@ -46,12 +46,17 @@ class Footprint:
     activations_known: bool
 
 
-def footprint(recipe: Recipe, messages: Messages, vocabulary: int, held_out: Mapping[str, int | None]) -> Footprint:
+def footprint(
+    recipe: Recipe, messages: Messages, vocabulary: int, held_out: Mapping[str, int | None], frozen: int
+) -> Footprint:
     """What a run needs.
 
     Args:
+        recipe: The recipe.
+        messages: Its messages.
         vocabulary: Tokens of the tokenizer.
-        held_out: Tokens of each participant's held-out text; ``None`` if it must be read to be known.
+        held_out: Tokens of each participant's held-out text; ``None`` if its text is elsewhere.
+        frozen: Parameters that do not learn.
 
     Raises:
         ModelError: The model folder cannot be read.
@@ -63,7 +68,7 @@ def footprint(recipe: Recipe, messages: Messages, vocabulary: int, held_out: Map
         length, known = recipe.local.sequence_length, [tokens for tokens in held_out.values() if tokens is not None]
         most = max(known) if len(known) == len(held_out) and known else 1 << 30
         evaluation = evaluation_passing(widths, length, max(1, most // length))
-    weights = size + frozen_count(recipe.model)
+    weights = size + frozen
     participant = _FP32 * size * _participant_vectors(recipe)
     coordinator = _FP32 * size * _coordinator_vectors(recipe) + _kept_for_downloads(messages)
     process = None
@@ -80,6 +85,29 @@ def moments(optimizer: object) -> int:
     if isinstance(optimizer, AdamW | Muon):
         return 2
     return 1 if getattr(optimizer, "momentum", 0.0) else 0
+
+
+def checkpoint_bytes(recipe: Recipe, size: int, trainers: int) -> int:
+    """Bytes of a checkpoint: the shared state, the outer optimizer, what downloads owe, what those who train keep.
+
+    Args:
+        recipe: The recipe.
+        size: Parameters that learn.
+        trainers: Who trains; over nats they keep their state themselves.
+    """
+    vectors = 1 + _outer_vectors(recipe) + isinstance(recipe.updates.download, QuantizedDownload)
+    if not isinstance(recipe.engine, Nats):
+        vectors += trainers * _kept_vectors(recipe)
+    return _FP32 * size * vectors
+
+
+def with_period(recipe: Recipe, size: int, trainers: int) -> Recipe:
+    """The recipe with the rounds between two checkpoints: its own, or so many that a round writes half a gigabyte."""
+    records = recipe.records
+    if records.checkpoint_every is None:
+        every = max(1, -(-checkpoint_bytes(recipe, size, trainers) // _WRITTEN_PER_ROUND))
+        records = records.model_copy(update={"checkpoint_every": every})
+    return recipe.model_copy(update={"records": records})
 
 
 def _passing(recipe: Recipe, size: int, step: Passing, evaluation: Passing) -> int:
@@ -103,15 +131,19 @@ def _step(recipe: Recipe, widths: Widths, size: int) -> Passing:
 
 
 def _participant_vectors(recipe: Recipe) -> int:
-    """fp32 vectors in a participant's host memory: moments, residual, own parameters, copy of the shared state."""
+    """fp32 vectors in a participant's host memory: what it keeps, and its copy of the shared state."""
+    whole_each_time = isinstance(recipe.updates.download, FullDownload) and recipe.fragments == 1
+    return _kept_vectors(recipe) + (not whole_each_time)
+
+
+def _kept_vectors(recipe: Recipe) -> int:
+    """fp32 vectors that a participant saves: moments, residual, own parameters."""
     adaptive = recipe.local.adaptive_batch
     streams = adaptive.streams if adaptive else 1
-    whole_each_time = isinstance(recipe.updates.download, FullDownload) and recipe.fragments == 1
     return (
         moments(recipe.local.optimizer) * streams
         + any(isinstance(link, ErrorFeedback) for link in recipe.updates.links)
         + (recipe.rounds.streaming is not None)
-        + (not whole_each_time)
     )
 
 

@@ -36,10 +36,11 @@ from potluck.corpus.shards import Corpus, Holding, build_corpus
 from potluck.corpus.tokenizer import Vocabulary, vocabulary_of
 from potluck.edit.facts import usable_edits
 from potluck.edit.together.claims import read_secret
-from potluck.embedded import batches_of, environment, fragments_in, held_out_of, holding_facts, site_in
+from potluck.embedded import batches_of, environment, fragments_in, held_out_of, site_in
 from potluck.engine.nats.coordinator import Post
 from potluck.engine.nats.site import Received, Site, read_about
 from potluck.errors import AlreadyServed, EngineError, Interrupted, ModelError, PolicyError, PotluckError, TrainingError
+from potluck.footprint import with_period
 from potluck.local.network import Network, device_named, place
 from potluck.local.optimizers import InnerOptimizer
 from potluck.local_state import LocalState, new_state
@@ -205,13 +206,16 @@ def _prepare(joined: Joined, vocabulary: Vocabulary) -> tuple[Participant, Local
         torch.set_num_threads(recipe.compute.threads)
     corpus: Corpus = build_corpus(recipe, joined.journal, vocabulary)
     holding: Holding = corpus.holdings[name]
+    for note in holding.notes:
+        joined.journal(note)
     network = place(build_model(recipe.model, vocabulary.size, vocabulary.end_of_text, recipe.seed), recipe.compute)
     _check_layout(joined, network)
     fragments = fragments_in(network, recipe)
     optimizer = InnerOptimizer(recipe.local.optimizer, network.flat, network.model)
     state = new_state(network, optimizer, recipe, fragments)
     identity = {"run": joined.site.post.names.run, "text": holding.content_hash, "tokenizer": vocabulary.content_hash}
-    store = LocalStore(joined.folder, identity, keep=2 * recipe.records.checkpoint_every + 4)
+    every = with_period(recipe, network.flat.vector.numel(), 0).records.checkpoint_every or 1
+    store = LocalStore(joined.folder, identity, keep=2 * every + 4)
     batches = (batches_of(recipe, holding),)
     predictor = _predictor(joined, vocabulary)
     if joined.edits is not None and recipe.editing is None:
@@ -225,7 +229,7 @@ def _prepare(joined: Joined, vocabulary: Vocabulary) -> tuple[Participant, Local
     )
     state.shared = store.shared()
     joined.site.say(
-        holding=holding_facts(holding),
+        holding=holding.facts,
         evaluates=held_out_of(holding) is not None,
         vocabulary=vocabulary.content_hash,
         model=layout_hash(network),

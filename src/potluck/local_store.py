@@ -23,6 +23,7 @@ from potluck.files import storing
 from potluck.local.network import Network
 from potluck.local_state import LocalState, restore_state, state_facts, state_tensors
 from potluck.records.checkpoint import Checkpoint, list_checkpoints, load_checkpoint, prune_checkpoints, save_checkpoint
+from potluck.updates.codec import payload_parts
 
 
 @dataclass(frozen=True)
@@ -105,8 +106,9 @@ class LocalStore:
             "answer": said and {"kind": said.kind, "revision": said.revision, "header": dict(said.header)},
             "reason": answer.reason,
         }
-        parts = {"answer": said.tensors} if said is not None and said.tensors else {}
-        save_checkpoint(self._folder, number, facts, {**parts, **({"local": state_tensors(state)} if trained else {})})
+        parts: dict[str, Mapping[str, Tensor]] = {"answer": said.tensors} if said is not None and said.tensors else {}
+        parts |= {"local": state_tensors(state)} if trained else {}
+        save_checkpoint(self._folder, number, facts, {name: payload_parts(part) for name, part in parts.items()})
         if trained:  # what was done after this revision, before the coordinator went back, is void
             self._entries = [e for e in self._entries if not (e.trained and e.revision >= revision)]
         self._entries.append(_Entry(number, task, revision, trained))

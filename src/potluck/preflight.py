@@ -1,22 +1,27 @@
-"""What can be known of a run before any slow work, without loading torch."""
+"""What can be known of a run before it runs, without loading torch.
+
+Text is read, divided and tokenised by the code that a run begins with (`potluck.corpus`), and is kept for the run.
+"""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+import shutil
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-from potluck.corpus.sources import text_bytes
-from potluck.corpus.tokenizer import folder_vocabulary, vocabulary_from_words, word_counts
-from potluck.corpus.tokenizer_json import check_ids
-from potluck.errors import CorpusError, ModelError
-from potluck.footprint import footprint, moments
+from potluck.corpus.shards import Corpus, build_corpus
+from potluck.corpus.tokenizer import Progress, build_vocabulary, folder_vocabulary, silent
+from potluck.errors import CorpusError, StorageError
+from potluck.footprint import checkpoint_bytes, footprint, moments, with_period
 from potluck.measured import WHERE
-from potluck.models.shapes import check_context, parameter_shapes
+from potluck.models.shapes import check_context, form_of
 from potluck.recipe import Recipe
+from potluck.recipe.engine import Nats
 from potluck.recipe.outer import outer_warnings
-from potluck.recipe.schema import Bpe, Bytes
+from potluck.recipe.schema import Bpe, Bytes, ModelFolder
 from potluck.recipe.updates import (
     BlockTopK,
     DctTopK,
@@ -29,14 +34,12 @@ from potluck.recipe.updates import (
     Streaming,
     TopK,
 )
-from potluck.records.folder import POOLED
+from potluck.records.folder import POOLED, run_folder
+from potluck.records.units import bytes_text
 from potluck.traffic import Messages, exchanges, most_changed
-from potluck.untrusted import load_json
 
-# English text and source code; only a guess, and shown as one.
-_BYTES_PER_TOKEN = {"bytes": 1.0, "bpe": 3.0, "folder": 3.5}
-_COUNTED_TEXT = 4_000_000  # bytes on which a BPE is trained to know how many tokens it gets: two seconds
-_FILL = 14.0  # tokens that a BPE finds at most in text, by the root of its bytes; 11 to 17 were seen
+Text = dict[str, Any]
+_FELT_TOKENS = 10_000_000  # evaluated in a run: below, nobody waits for them
 
 
 @dataclass(frozen=True)
@@ -44,7 +47,7 @@ class Forecast:
     """What a run will need.
 
     Attributes:
-        text_bytes: Text of each participant, before it is divided and capped; ``None`` if it must be read to be known.
+        texts: What each participant trains on and holds out: documents, bytes, tokens; ``None`` if it is elsewhere.
         parameters: Trainable parameters, tied ones once.
         vocabulary_is_bound: The text may fill fewer tokens, and the model be smaller.
         device_bytes, participant_bytes, coordinator_bytes, process_bytes: See `potluck.footprint.Footprint`.
@@ -53,12 +56,18 @@ class Forecast:
         up_bytes, down_bytes: All transfers of the run, headers and evaluations included. Everybody downloads a state
             that is evaluated; one that a participant already holds is not sent to it again.
         download_is_bound: Downloads depend on the text; their figures are the most that they can be.
-        epochs: Passes over its own text that a participant makes in the run, estimated.
-        warnings: Settings that have no effect, and figures that look wrong.
+        checkpoint_bytes: One checkpoint.
+        checkpoint_every: Rounds between two.
+        disk_bytes: What the run folder comes to: checkpoints that are kept, one that is being written, the model.
+        evaluation_tokens: Held-out tokens of an evaluation; ``None`` if the text is elsewhere.
+        evaluation_share: Work of all evaluations over that of all local steps: a token of the former, which has no
+            backward pass, is a third of one of the latter.
+        epochs: Passes over its own text that the participant with the least of it makes in the run.
+        warnings: Settings that have no effect, figures that look wrong, and text that is left out.
     """
 
     participants: tuple[str, ...]
-    text_bytes: dict[str, int | None]
+    texts: dict[str, Text | None]
     parameters: int
     vocabulary_size: int
     vocabulary_is_bound: bool
@@ -79,6 +88,11 @@ class Forecast:
     total_tokens: int
     asked_per_round: int
     rounds: int
+    checkpoint_bytes: int
+    checkpoint_every: int
+    disk_bytes: int
+    evaluation_tokens: int | None
+    evaluation_share: float | None
     epochs: float | None
     warnings: tuple[str, ...]
 
@@ -86,26 +100,39 @@ class Forecast:
 _NO_ACTIVATIONS = "memory of activations is not estimated: the model's config does not name its widths"
 
 
-def forecast(recipe: Recipe) -> Forecast:
+def forecast(recipe: Recipe, corpus: Corpus | None = None, progress: Progress = silent) -> Forecast:
     """Check a recipe against the files it names and work out what it costs.
 
+    Args:
+        recipe: The recipe.
+        corpus: Its text, if that was opened before; else it is prepared here, if it is on this machine.
+        progress: Told before slow work.
+
     Raises:
-        CorpusError, ModelError, RecipeError: The first thing that would stop the run.
+        CorpusError, ModelError, RecipeError, StorageError: The first thing that would stop the run.
     """
-    texts = _texts(recipe)
-    vocabulary, bound = _tokens_of(recipe, texts)
-    shapes = parameter_shapes(recipe.model, vocabulary)
-    check_context(recipe.model, recipe.local.sequence_length)
+    corpus = corpus or opened_text(recipe, progress)
+    texts = {name: None if corpus is None else corpus.holdings[name].facts for name in recipe.participant_names}
+    vocabulary, bound = _tokens_of(recipe, corpus)
+    form = form_of(recipe.model, vocabulary)
+    if isinstance(recipe.model, ModelFolder):
+        from potluck.models.check import check_vocabulary
+
+        check_vocabulary(recipe.model.path, form.rows, vocabulary)
+    shapes = form.learns
     messages = Messages(recipe, shapes)
     parameters, asked = messages.size, recipe.asked_per_round
     updates, downloads = _sizes(messages)
+    disk = _disk(recipe, parameters, form.frozen)
+    evaluation_tokens, evaluation_share = _evaluation(recipe, texts)
     sent = [(exchange.up * len(exchange.names), sum(exchange.down)) for exchange in exchanges(recipe, shapes)]
     tokens_per_round = asked * recipe.local_steps * recipe.tokens_per_step
     epochs = _epochs(recipe, texts)
-    memory = footprint(recipe, messages, vocabulary, _held_out(recipe, texts))
+    held_out = {name: None if text is None else int(text["validation_tokens"]) for name, text in texts.items()}
+    memory = footprint(recipe, messages, vocabulary, held_out, form.frozen)
     return Forecast(
         participants=recipe.participant_names,
-        text_bytes=texts,
+        texts=texts,
         parameters=parameters,
         vocabulary_size=vocabulary,
         vocabulary_is_bound=bound,
@@ -127,12 +154,18 @@ def forecast(recipe: Recipe) -> Forecast:
         total_tokens=tokens_per_round * recipe.rounds.count,
         asked_per_round=asked,
         rounds=recipe.rounds.count,
+        **disk,
+        evaluation_tokens=evaluation_tokens,
+        evaluation_share=evaluation_share,
         epochs=epochs,
         warnings=tuple(
             [
+                *(corpus.notes if corpus else []),
                 *_vocabulary_warnings(recipe, vocabulary),
                 *([] if memory.activations_known else [_NO_ACTIVATIONS]),
                 *_warnings(recipe, epochs),
+                *_evaluation_warnings(recipe, evaluation_tokens, evaluation_share),
+                *_disk_warnings(recipe, disk["disk_bytes"]),
                 *_waiting_warnings(recipe),
                 *_update_warnings(recipe, messages),
             ]
@@ -140,81 +173,46 @@ def forecast(recipe: Recipe) -> Forecast:
     )
 
 
-def _texts(recipe: Recipe) -> dict[str, int | None]:
-    """Bytes of text per participant; a split source is taken to be divided evenly."""
-    if recipe.data.split is not None:
-        assert recipe.data.source is not None
-        whole = text_bytes(recipe.data.source)
-        share = None if whole is None else whole // recipe.data.split.participants
-        texts: dict[str, int | None] = {name: share for name in recipe.participant_names}
-    else:
-        texts = {}
-        for participant in recipe.participants:
-            try:
-                texts[participant.name] = None if participant.source is None else text_bytes(participant.source)
-            except CorpusError as error:
-                raise CorpusError(f"participant {participant.name}: {error}", error.hint) from None
-    needed = recipe.local.batch_size * recipe.local.accumulation * recipe.local.sequence_length
-    for name, size in texts.items():
-        if size is not None and size < needed and recipe.data.split is None:  # a token has at least one byte
-            raise CorpusError(
-                f"participant {name}: {size} bytes of text are less than one local step's {needed} tokens",
-                "give it more text, or lower local.batch_size or local.sequence_length",
-            )
-    return texts
+def opened_text(recipe: Recipe, progress: Progress = silent) -> Corpus | None:
+    """The participants' text as a run will have it; ``None`` if it is where they join from.
+
+    Raises:
+        CorpusError, ModelError, RecipeError, StorageError: As ``forecast``.
+    """
+    check_context(recipe.model, recipe.local.sequence_length)  # before any slow work
+    return build_corpus(recipe, progress) if text_is_here(recipe) else None
+
+
+def text_is_here(recipe: Recipe) -> bool:
+    """Whether the participants' text is on this machine, and not where they join from."""
+    return not isinstance(recipe.engine, Nats)
 
 
 def vocabulary_size(recipe: Recipe) -> int:
-    """Tokens that the run's tokenizer will have, or for much text at most.
+    """Tokens that the run's tokenizer will have; where the text for it is elsewhere, at most.
 
     Raises:
         ModelError: A tokenizer folder cannot be read.
     """
-    try:
-        texts = _texts(recipe) if isinstance(recipe.tokenizer, Bpe) else {}
-    except CorpusError:  # the text is elsewhere
-        texts = {}
-    return _tokens_of(recipe, texts)[0]
+    if isinstance(recipe.tokenizer, Bpe) and text_is_here(recipe):
+        try:
+            return build_vocabulary(recipe).size
+        except CorpusError:  # a plan needs no text
+            pass
+    return _tokens_of(recipe, None)[0]
 
 
-def _tokens_of(recipe: Recipe, texts: dict[str, int | None]) -> tuple[int, bool]:
+def _tokens_of(recipe: Recipe, corpus: Corpus | None) -> tuple[int, bool]:
     """Tokens of the recipe's tokenizer, and whether they are only the most that it can have."""
+    if corpus is not None:
+        return corpus.vocabulary.size, False
     match recipe.tokenizer:
         case Bytes():
             return 257, False
         case Bpe(vocab_size=asked):
-            return _filled(recipe, texts, asked)
+            return asked, True
         case table:
-            return _folder_tokens(Path(table.path)), False
-
-
-def _filled(recipe: Recipe, texts: dict[str, int | None], asked: int) -> tuple[int, bool]:
-    """Little text has fewer tokens than a BPE is asked for: there it is trained, to know how many."""
-    known = [size for size in texts.values() if size is not None]
-    if not known or len(known) < len(texts):
-        return asked, True
-    cap = recipe.data.train_bytes or max(known)
-    read = sum(min(size * (1 - recipe.data.validation_fraction), cap) for size in known)
-    if asked < _FILL / 2 * math.sqrt(read):
-        return asked, False
-    if sum(known) > _COUNTED_TEXT:
-        return min(asked, int(_FILL * math.sqrt(read))), True
-    return vocabulary_from_words(word_counts(recipe), asked).size, False
-
-
-def _folder_tokens(folder: Path) -> int:
-    path = folder / "tokenizer.json"
-    try:
-        tokenizer = load_json(path)
-        ids = tokenizer["model"]["vocab"]
-        if isinstance(ids, dict):
-            check_ids(ids)
-        last = max(ids.values()) if isinstance(ids, dict) else len(ids) - 1
-        return 1 + max(int(last), *(int(token["id"]) for token in tokenizer.get("added_tokens", ())), 0)
-    except FileNotFoundError:  # a tokenizer in an older form, which only transformers reads
-        return folder_vocabulary(folder).size
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ModelError(f"{path}: not a Hugging Face tokenizer ({error})") from None
+            return folder_vocabulary(Path(table.path)).size, False
 
 
 def _vocabulary_warnings(recipe: Recipe, vocabulary: int) -> Iterator[str]:
@@ -225,25 +223,72 @@ def _vocabulary_warnings(recipe: Recipe, vocabulary: int) -> Iterator[str]:
         )
 
 
-def _held_out(recipe: Recipe, texts: dict[str, int | None]) -> dict[str, int | None]:
-    """Tokens of each participant's held-out text, estimated."""
-    share, cap = recipe.data.validation_fraction, recipe.data.validation_bytes
-    bytes_per_token = _BYTES_PER_TOKEN[recipe.tokenizer.kind]
-    return {
-        name: None if size is None else int(min(size * share, cap or size) / bytes_per_token)
-        for name, size in texts.items()
-    }
-
-
-def _epochs(recipe: Recipe, texts: dict[str, int | None]) -> float | None:
+def _epochs(recipe: Recipe, texts: Mapping[str, Text | None]) -> float | None:
     """Passes of the participant with the least text over it."""
-    known = [size for size in texts.values() if size is not None]
+    known = [text["train_tokens"] for text in texts.values() if text is not None]
     if len(known) < len(texts):
         return None
-    cap = recipe.data.train_bytes or max(known)
-    least = min(min(size * (1 - recipe.data.validation_fraction), cap) for size in known)
     rounds = recipe.rounds.count * recipe.asked_per_round / len(texts)
-    return rounds * recipe.local_steps * recipe.tokens_per_step * _BYTES_PER_TOKEN[recipe.tokenizer.kind] / least
+    return rounds * recipe.local_steps * recipe.tokens_per_step / float(min(known))
+
+
+def _disk(recipe: Recipe, parameters: int, frozen: int) -> dict[str, int]:
+    """Checkpoints and the model, in bytes; what is kept of the best are its weights.
+
+    Raises:
+        StorageError: There is no room for the first checkpoint.
+    """
+    trainers, records = len(recipe.participant_names), recipe.records
+    one = checkpoint_bytes(recipe, parameters, trainers)
+    if (free := _free_bytes(recipe)) < one:
+        raise StorageError(
+            f"{run_folder(recipe)}: {bytes_text(free)} free, and the first checkpoint has {bytes_text(one)}",
+            "make room, or choose another records.folder",
+        )
+    every = with_period(recipe, parameters, trainers).records.checkpoint_every or 1
+    kept = min(records.keep_last, 1 + -(-recipe.rounds.count // every))
+    whole = (kept + 1) * one + 4 * parameters * records.keep_best + 4 * (parameters + frozen)
+    return {"checkpoint_bytes": one, "checkpoint_every": every, "disk_bytes": whole}
+
+
+def _free_bytes(recipe: Recipe) -> int:
+    folder = run_folder(recipe).absolute()
+    return shutil.disk_usage(next(path for path in (folder, *folder.parents) if path.exists())).free
+
+
+def _disk_warnings(recipe: Recipe, needed: int) -> Iterator[str]:
+    if (free := _free_bytes(recipe)) < needed:
+        yield (
+            f"{run_folder(recipe)}: {bytes_text(free)} free, and the run comes to {bytes_text(needed)}; lower "
+            "records.keep_last, or choose another records.folder"
+        )
+
+
+def _evaluation(recipe: Recipe, texts: Mapping[str, Text | None]) -> tuple[int | None, float | None]:
+    """Tokens of an evaluation, and the share that all of them have in the work."""
+    known = [text["validation_tokens"] for text in texts.values() if text is not None]
+    if len(known) < len(texts):
+        return None, None
+    rounds = recipe.rounds
+    trained = rounds.count * recipe.asked_per_round * recipe.local_steps * recipe.tokens_per_step
+    times = 1 + -(-rounds.count // rounds.evaluate_every)
+    return sum(known), times * sum(known) / 3 / trained if trained else None
+
+
+def _evaluation_warnings(recipe: Recipe, tokens: int | None, share: float | None) -> Iterator[str]:
+    """Of evaluations that cost more than training and long enough to be felt."""
+    if (
+        tokens is None
+        or share is None
+        or share <= 1
+        or tokens * recipe.rounds.count / recipe.rounds.evaluate_every < _FELT_TOKENS
+    ):
+        return
+    every = math.ceil(share * recipe.rounds.evaluate_every)
+    yield (
+        f"evaluations take {share:.1f} times the work of all local steps, {tokens:,} tokens of held-out text each: "
+        f"rounds.evaluate_every = {every} or a smaller data.validation_bytes makes it less"
+    )
 
 
 def _sizes(messages: Messages) -> tuple[list[int], list[int]]:
@@ -261,7 +306,7 @@ def _warnings(recipe: Recipe, epochs: float | None) -> Iterator[str]:
         yield "rounds.sampling has no effect: everybody is asked each round"
     if rounds.evaluate_every > max(1, rounds.count):
         yield f"rounds.evaluate_every {rounds.evaluate_every}: only the first state and the last are evaluated"
-    if recipe.records.checkpoint_every > max(1, rounds.count):
+    if (recipe.records.checkpoint_every or 1) > max(1, rounds.count):
         yield f"records.checkpoint_every {recipe.records.checkpoint_every}: only the first state and the last are saved"
     steps = rounds.count // recipe.fragments
     yield from outer_warnings(recipe.outer, recipe.local.optimizer, recipe.fragments * recipe.local_steps, steps)

@@ -21,6 +21,7 @@ from potluck.edit_rounds import EditRounds
 from potluck.engine.inprocess import InProcess
 from potluck.engine.protocol import Engine
 from potluck.errors import CheckpointError, EditError, TrainingError
+from potluck.footprint import with_period
 from potluck.recipe import Recipe, recipe_hash
 from potluck.records.checkpoint import (
     Checkpoint,
@@ -39,6 +40,7 @@ from potluck.rounds.state import begin
 from potluck.rounds.sync import run_rounds
 from potluck.rounds.under_way import restore as restore_under_way
 from potluck.rounds.under_way import saved as under_way_of
+from potluck.updates.codec import payload_parts
 from potluck.updates.fragments import Fragment
 
 Parts = dict[str, dict[str, Tensor]]
@@ -92,7 +94,8 @@ class Run:
         listeners: tuple[Listener, ...] = (),
         checkpoint: Checkpoint | None = None,
     ) -> None:
-        self.recipe, self.folder, self.variant, self.side = recipe, folder, variant, side
+        recipe = self.recipe = with_period(recipe, initial.numel(), len(variant.trainers))
+        self.folder, self.variant, self.side = folder, variant, side
         self.shared, self.engine = begin(recipe, initial.clone(), fragments), side.engine()
         self._checkpoints = folder / "checkpoints"
         if isinstance(self.engine, InProcess):
@@ -182,7 +185,8 @@ class Run:
         }
         shared: Parts = {"shared": {"theta": self.shared.theta}, "outer": self._coordinator_tensors()}
         more = {name: part for name, part in (("past", past), ("under-way", under_way)) if part}
-        save_checkpoint(self._checkpoints, number, facts, {**shared, **more, **parts})
+        pieces = {name: payload_parts(part) for name, part in {**shared, **more, **parts}.items()}
+        save_checkpoint(self._checkpoints, number, facts, pieces)
         keep_best = self.best["round"] if self.best is not None and self.recipe.records.keep_best else None
         prune_checkpoints(self._checkpoints, self.recipe.records.keep_last, keep_best)
 

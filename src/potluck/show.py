@@ -59,14 +59,20 @@ def show_forecast(expected: Forecast) -> None:
         ),
         ("memory, coordinator", bytes_text(expected.coordinator_bytes)),
         *in_all,
+        (
+            "disk",
+            f"about {bytes_text(expected.disk_bytes)}: checkpoints of {bytes_text(expected.checkpoint_bytes)}, every "
+            + ("round" if expected.checkpoint_every == 1 else f"{expected.checkpoint_every} rounds"),
+        ),
+        ("evaluation", _evaluation(expected)),
         ("epochs", "unknown" if expected.epochs is None else f"about {expected.epochs:.1f} over the least text"),
     ]
     facts = table("", "", show_header=False)
     for name, value in rows:
         facts.add_row(Text(name, style="dim"), value)
-    texts = table("participant", "text", title="Text found")
-    for name, size in expected.text_bytes.items():
-        texts.add_row(name, "known once read" if size is None else bytes_text(size))
+    texts = table("participant", "training text", "documents", "held out", "documents", title="Text found")
+    for name, text in expected.texts.items():
+        texts.add_row(name, *(["where it joins from"] if text is None else _sides(text)))
     console = results()
     console.print(texts, facts, sep="\n")
     warn(expected.warnings, console)
@@ -214,6 +220,20 @@ def _leaving(asks: Asks, part: Part, sent: Sent) -> Iterator[str]:
     said = ", ".join(f"{key} {value:,}" for key, value in limits.items()) or "none; it stays until the run is over"
     yield f"limits in all: {said}"
     yield f"every answer is noted before it leaves: {sent.path.absolute()}"
+
+
+def _evaluation(expected: Forecast) -> str:
+    if expected.evaluation_tokens is None:
+        return "of held-out text where participants join from"
+    share = "" if expected.evaluation_share is None else f", {expected.evaluation_share:.0%} of the local steps' work"
+    return f"{count_text(expected.evaluation_tokens)} tokens of held-out text each time{share}"
+
+
+def _sides(text: Mapping[str, Any]) -> Iterator[str]:
+    for side in ("train", "validation"):
+        tokens, documents = text[f"{side}_tokens"], text[f"{side}_documents"]
+        yield f"{count_text(tokens)} tokens" if documents else "nothing"
+        yield f"{documents:,}"
 
 
 def _ways(up: int, down: int, most: str) -> str:

@@ -23,7 +23,7 @@ from potluck.models.build import load_folder
 from potluck.models.export import export_folder
 from potluck.models.flat import flatten, frozen_hash
 from potluck.models.fused import DECAYS, AdaFusion, FusedForCausalLM, track_record
-from potluck.models.shapes import context_length, frozen_count, parameter_shapes
+from potluck.models.shapes import context_length, form_of
 from potluck.recipe.load import parse_recipe
 from potluck.recipe.schema import Bpe, Bytes, Compute, ModelFolder
 
@@ -96,8 +96,8 @@ def test_the_head_alone_learns_and_travels(folders: dict[str, Path], tmp_path: P
     model = load_folder(tmp_path / "fused").train()
     manifest = flatten(model, CPU).manifest
     assert all(entry.name.startswith("fusion.") for entry in manifest)
-    assert sorted(parameter_shapes(folder, 257)) == sorted((entry.name, entry.shape) for entry in manifest)
-    assert frozen_count(folder) == sum(part.num_parameters() for part in parts().values())
+    assert sorted(form_of(folder, 257).learns) == sorted((entry.name, entry.shape) for entry in manifest)
+    assert form_of(folder, 257).frozen == sum(part.num_parameters() for part in parts().values())
     assert context_length(folder) == 48
     assert model.fusion.training and not any(module.training for part in model.parts for module in part.modules())
 

@@ -140,9 +140,15 @@ def small(path: Path) -> list[str]:
     return [*TINY, *sources] if sources else [*TINY, "data.source={package='email'}", "data.split.participants=2"]
 
 
+@pytest.fixture(scope="module")
+def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The recipes share their texts."""
+    return tmp_path_factory.mktemp("shards")
+
+
 @pytest.mark.parametrize("path", RECIPES, ids=name_of)
-def test_a_recipe_can_be_run(path: Path, tmp_path: Path) -> None:
-    forecast(load_recipe(path))
+def test_a_recipe_can_be_run(path: Path, shards: Path, tmp_path: Path) -> None:
+    forecast(load_recipe(path, [f"data.shards={shards}"]))
     rounds = load_recipe(path).fragments  # each of them once
     recipe = load_recipe(path, [*small(path), f"rounds.count={rounds}", f"data.shards={tmp_path / 'shards'}"])
     variant = Variant("together", recipe.participant_names)

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from potluck.errors import CorpusError, ModelError, PotluckError, RecipeError
+from potluck.errors import CorpusError, ModelError, PotluckError, RecipeError, StorageError
 from potluck.preflight import Forecast, forecast
 from potluck.recipe.load import parse_recipe
 
@@ -25,7 +25,12 @@ def with_source(tables: Tables, source: Tables) -> Tables:
 def test_what_a_run_costs(tables: Tables, texts: Path) -> None:
     expected = check(tables, rounds={"count": 3, "local_steps": 2, "participants_per_round": 2})
     assert expected.participants == ("ada", "bob", "eve")
-    assert expected.text_bytes["ada"] == sum(path.stat().st_size for path in (texts / "ada").iterdir())
+    ada = expected.texts["ada"]
+    assert ada is not None and 800 < ada["validation_bytes"] <= 1000 < ada["train_bytes"]
+    assert ada["train_tokens"] == ada["train_bytes"] + ada["train_documents"]
+    assert expected.epochs == pytest.approx(
+        3 * 2 / 3 * 2 * 32 / min(t["train_tokens"] for t in expected.texts.values() if t)
+    )
     layer = 4 * 32 * 32 + 3 * 32 * 64 + 2 * 32
     assert expected.parameters == 257 * 32 + layer + 32
     assert (expected.tokens_per_step, expected.tokens_per_round, expected.total_tokens) == (32, 128, 384)
@@ -101,6 +106,58 @@ def test_what_an_exchange_makes_is_counted(tables: Tables) -> None:
     less, more = check(tables, model=wide), check(tables, model=wide, updates={"links": [{"kind": "quantize"}]})
     assert less.process_bytes is not None and more.process_bytes is not None
     assert more.process_bytes > less.process_bytes
+
+
+def test_large_checkpoints_come_rarely(tables: Tables) -> None:
+    small, large = check(tables), check(tables, model={"preset": "125m"})
+    assert (small.checkpoint_every, small.checkpoint_bytes) == (1, 4 * small.parameters * (1 + 3 * 2))
+    assert large.checkpoint_every == -(-large.checkpoint_bytes // 500_000_000) > 4
+    assert large.disk_bytes == 3 * large.checkpoint_bytes + 8 * large.parameters
+    assert check(tables, model={"preset": "125m"}, records={"checkpoint_every": 1}).checkpoint_every == 1
+    hosted = check(tables, **ELSEWHERE)
+    assert hosted.checkpoint_bytes == 4 * hosted.parameters
+
+
+def test_a_checkpoint_without_room(tables: Tables) -> None:
+    huge = {"layers": 1000, "width": 65_536, "heads": 128, "feedforward": 262_144, "context": 64}
+    with pytest.raises(StorageError, match="the first checkpoint has"):
+        check(tables, model=huge)
+
+
+def test_evaluations_are_bounded_and_counted(tables: Tables, tmp_path: Path) -> None:
+    """Steps as many as by default: an evaluation is less work than the round before it."""
+    for number in range(400):
+        (tmp_path / f"{number}.txt").write_text(f"{number} " + "word " * 400)
+    people = [{"name": "eve", "source": {"path": str(tmp_path)}}]
+    changes = {"participants": people, "data": {"shards": tables["data"]["shards"]}, "rounds": {}, "local": {}}
+    model = {**DEEP, "context": 128}
+    expected, text = check(tables, model=model, **changes), check(tables, model=model, **changes).texts["eve"]
+    assert text is not None and 30_000 < text["validation_bytes"] <= 32_768
+    assert expected.evaluation_tokens == text["validation_tokens"]
+    assert expected.evaluation_share == pytest.approx(11 * text["validation_tokens"] / 3 / expected.total_tokens)
+    assert 0.4 < expected.evaluation_share < 0.6
+    dear = check(tables, model=model, **{**changes, "rounds": {"count": 1000, "local_steps": 5}})
+    assert any("rounds.evaluate_every = 3" in warning for warning in dear.warnings)
+
+
+def test_a_model_folder_is_opened_once(tables: Tables, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from potluck.models import check as checks
+    from potluck.models.build import build_model
+
+    build_model(parse_recipe(tables).model, 257, 256, 0).save_pretrained(tmp_path)
+    opened: list[Path] = []
+    once = checks.checked_folder
+    monkeypatch.setattr(checks, "checked_folder", lambda folder: (opened.append(folder), once(folder))[1])
+    expected = check(tables, model={"path": str(tmp_path)})
+    assert opened == [tmp_path] and expected.parameters == check(tables).parameters
+
+
+def test_a_tokenizer_that_the_model_does_not_know(tables: Tables, tmp_path: Path) -> None:
+    from potluck.models.build import build_model
+
+    build_model(parse_recipe(tables).model, 200, 199, 0).save_pretrained(tmp_path)
+    with pytest.raises(ModelError, match="the model knows 200 tokens, the tokenizer has 257"):
+        check(tables, model={"path": str(tmp_path)})
 
 
 def test_how_many_tokens_a_bpe_gets(tables: Tables) -> None:
@@ -202,7 +259,7 @@ def test_a_source_that_is_missing_or_empty(
 
 def test_less_text_than_a_batch(tables: Tables, tmp_path: Path) -> None:
     (tmp_path / "short.txt").write_text("x" * 31)
-    with pytest.raises(CorpusError, match="31 bytes of text are less than one local step's 32 tokens") as error:
+    with pytest.raises(CorpusError, match=r"has 26 training tokens in 1 documents and needs 33") as error:
         check(tables, **with_source(tables, {"path": str(tmp_path)}))
     assert "local.batch_size" in error.value.hint
 

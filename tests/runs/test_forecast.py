@@ -64,6 +64,9 @@ def test_parameters_tokens_and_bytes(
         assert run.transferred(direction) == pytest.approx(expected[direction], rel=0.01)
     assert max(c.up_bytes for c in run.contributions) == pytest.approx(expected["peak_update_bytes"], rel=0.01)
     assert not expected["download_is_bound"]
+    written = sum(path.stat().st_size for path in (tmp_path / "run" / "checkpoints").glob("*04/*.safetensors"))
+    if rounds.get("count", 4) == 4:
+        assert written == pytest.approx(expected["checkpoint_bytes"], rel=0.02)
 
 
 def test_a_download_of_differences_is_at_most_what_was_said(potluck: Potluck, tables: Tables, tmp_path: Path) -> None:

@@ -43,6 +43,11 @@ def test_a_killed_run_goes_on_as_if_nothing_had_happened(
     assert story(halfway) == story(kept.undisturbed)
 
 
+def test_the_state_of_who_was_not_asked_is_not_written_again(kept: Kept) -> None:
+    saved = [*(kept.undisturbed / "checkpoints").glob("round-*/participant-*.safetensors")]
+    assert len(saved) == 9 and len({path.stat().st_ino for path in saved}) < 9
+
+
 def test_a_finished_run_is_left_as_it_is(potluck: Potluck, done: Path) -> None:
     before = contents(done)
     result = potluck("resume", done, "--json").result

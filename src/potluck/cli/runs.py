@@ -60,14 +60,14 @@ def init(
 
 @verbs.command()
 def check(recipe: RecipeArgument, settings: SetOption = None, as_json: JsonOption = False) -> None:
-    """Validate a recipe and say what a run of it costs, without running it."""
+    """Validate a recipe, prepare its text as a run does, and say what a run costs, without running it."""
     from dataclasses import asdict
 
     from potluck.preflight import forecast
     from potluck.recipe import load_recipe
     from potluck.show import show_forecast
 
-    expected = forecast(load_recipe(recipe, settings or ()))
+    expected = forecast(load_recipe(recipe, settings or ()), progress=progress().print)
     if as_json:
         write_json(asdict(expected))
     else:

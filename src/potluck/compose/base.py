@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import glob
 import hashlib
+import logging
 from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
@@ -14,6 +15,7 @@ import numpy as np
 import torch
 from transformers import PreTrainedModel
 
+from potluck.corpus.reading import LeftOut
 from potluck.corpus.sources import documents
 from potluck.corpus.tokenizer import Vocabulary, folder_vocabulary, pieces
 from potluck.corpus.tokenizer_json import refusing
@@ -21,6 +23,8 @@ from potluck.errors import CorpusError
 from potluck.models.build import embeddings, load_folder
 from potluck.models.check import check_vocabulary
 from potluck.recipe.sources import Folder, SeparatedFile, Source
+
+_log = logging.getLogger(__name__)  # standard error, where nobody has said otherwise
 
 
 @dataclass(frozen=True)
@@ -85,12 +89,16 @@ def text_source(path: Path) -> Source:
 
 
 def texts_of(path: Path) -> list[str]:
-    """The documents of a file or folder.
+    """The documents of a file or folder; a warning on standard error names the files that are no text.
 
     Raises:
         CorpusError: It is missing, or holds no text.
     """
-    return [document.text for document in documents(text_source(path))]
+    left_out = LeftOut()
+    found = [document.text for document in documents(text_source(path), left_out)]
+    for sentence in left_out.sentences(str(path)):
+        _log.warning("warning: %s", sentence)
+    return found
 
 
 def token_stream(texts: Iterable[str], vocabulary: Vocabulary) -> np.ndarray:

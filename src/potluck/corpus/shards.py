@@ -6,7 +6,7 @@ A shard folder lies in ``data.shards`` under the hash of all that decides its co
             train.index       where each document starts, int64
             train.jsonl       each document's name, SHA-256 and bytes, one line each
             validation.*      the same for the held-out side
-            manifest.json     counts and hashes
+            manifest.json     counts, hashes, and notes for its owner
 
 Every document is [end_of_text] + tokens: a shard begins with end_of_text, and each token after the first is a
 prediction. A folder appears under its name complete or not at all; one whose files do not have the sizes of its
@@ -36,7 +36,7 @@ from potluck.files import storing, write_text
 from potluck.recipe import Recipe
 from potluck.untrusted import load_json
 
-FORMAT = 1
+FORMAT = 2
 _CHUNK_CHARACTERS = 1 << 20  # text encoded at a time
 Encoder = Callable[[Sequence[str]], list[np.ndarray]]
 
@@ -65,12 +65,30 @@ class Shard:
 
 @dataclass(frozen=True)
 class Holding:
-    """What one participant holds; ``content_hash`` names its exact tokens."""
+    """What one participant holds.
+
+    Attributes:
+        content_hash: Names its exact tokens.
+        notes: What its owner should know of its text, in sentences: files that were left out, and the like.
+    """
 
     name: str
     train: Shard
     validation: Shard
     content_hash: str
+    notes: tuple[str, ...]
+
+    @property
+    def facts(self) -> dict[str, Any]:
+        """How much it is, and its hash."""
+        facts: dict[str, Any] = {"name": self.name, "content_hash": self.content_hash}
+        for side, shard in (("train", self.train), ("validation", self.validation)):
+            facts |= {
+                f"{side}_tokens": len(shard.tokens),
+                f"{side}_bytes": shard.text_bytes,
+                f"{side}_documents": shard.documents,
+            }
+        return facts
 
 
 @dataclass(frozen=True)
@@ -79,6 +97,11 @@ class Corpus:
 
     vocabulary: Vocabulary
     holdings: Mapping[str, Holding]
+
+    @property
+    def notes(self) -> list[str]:
+        """What there is to know of everybody's text; what was left out of a divided source once."""
+        return list(dict.fromkeys(note for holding in self.holdings.values() for note in holding.notes))
 
 
 def build_corpus(recipe: Recipe, progress: Progress = silent, vocabulary: Vocabulary | None = None) -> Corpus:
@@ -104,27 +127,24 @@ def build_corpus(recipe: Recipe, progress: Progress = silent, vocabulary: Vocabu
         progress(f"tokenising the text of {len(missing)} participants")
         _build(recipe, vocabulary, missing)
     manifests = {name: _manifest(folder) or {} for name, folder in folders.items()}
-    _check_enough(recipe, manifests, progress)
+    _check_enough(recipe, manifests)
     _allow_open_files(2 * len(folders))
     return Corpus(vocabulary, {name: _open(name, folders[name], manifest) for name, manifest in manifests.items()})
 
 
-def _check_enough(recipe: Recipe, manifests: Mapping[str, dict[str, Any]], progress: Progress) -> None:
-    """Everyone needs one batch of training tokens; whoever holds nothing out trains, and is not evaluated."""
+def _check_enough(recipe: Recipe, manifests: Mapping[str, dict[str, Any]]) -> None:
+    """Everyone needs one batch of training tokens."""
     need = recipe.tokens_per_step + 1
     for name, manifest in manifests.items():
         tokens = manifest["train"]["tokens"]
         if tokens < need:
+            side, local = manifest["train"], recipe.local
+            hint = "give it more text, hold out less (data.validation_fraction), or lower local.batch_size"
             raise CorpusError(
-                f"participant {name}: has {tokens:,} training tokens in {manifest['train']['documents']:,} documents "
-                f"and needs {need:,}, one batch ({recipe.local.batch_size} x {recipe.local.accumulation} sequences "
-                f"of {recipe.local.sequence_length} tokens, and the last target)",
-                "give it more text or documents that fit its caps, or lower local.batch_size or local.sequence_length",
-            )
-        if not manifest["validation"]["documents"] and recipe.data.validation_fraction:
-            progress(
-                f"{name}: none of its documents is held out, so it trains and is not evaluated; raise "
-                "data.validation_fraction or data.validation_bytes, or cut long documents into several"
+                f"participant {name}: has {tokens:,} training tokens in {side['documents']:,} documents and needs "
+                f"{need:,}, one batch ({local.batch_size} x {local.accumulation} sequences of {local.sequence_length} "
+                "tokens, and the last target)",
+                "; ".join([*manifest["notes"], hint]),
             )
 
 
@@ -163,7 +183,7 @@ def _open(name: str, folder: Path, manifest: dict[str, Any]) -> Holding:
         tokens = np.memmap(folder / f"{side}.bin", dtype, "r") if about["tokens"] else np.empty(0, dtype)
         return Shard(np.asarray(tokens), about["documents"], about["text_bytes"], folder / f"{side}.jsonl")
 
-    return Holding(name, shard("train"), shard("validation"), manifest["content_hash"])
+    return Holding(name, shard("train"), shard("validation"), manifest["content_hash"], tuple(manifest["notes"]))
 
 
 # --- building ----------------------------------------------------------------------------------
@@ -179,14 +199,17 @@ def _build(recipe: Recipe, vocabulary: Vocabulary, folders: Mapping[str, Path]) 
     try:
         writers = {(name, side): _Writer(scratch / name, side, vocabulary) for name in folders for side in SIDES}
         encode = _encode_bytes if recipe.tokenizer.kind == "bytes" else _encoder(vocabulary)
-        for chunk in _chunks(kept_documents(recipe, folders)):
+        notes: dict[str, list[str]] = {}
+        for chunk in _chunks(kept_documents(recipe, folders, notes)):
             for (kept, is_first, _), tokens in zip(chunk, encode([text for _, _, text in chunk]), strict=True):
                 writers[kept.participant, kept.side].add(kept if is_first else None, tokens)
             for writer in writers.values():
                 writer.flush()
         for name, folder in folders.items():
             sides: dict[str, dict[str, Any]] = {side: writers[name, side].finish() for side in SIDES}
-            _put_in_place(scratch / name, folder, sides, vocabulary)
+            if recipe.data.validation_fraction and not sides["validation"]["documents"]:
+                notes[name].append(f"{name}: has no text to hold out, so it trains and is not evaluated")
+            _put_in_place(scratch / name, folder, {**sides, "notes": notes[name]}, vocabulary)
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
 
@@ -288,11 +311,11 @@ def _dtype(vocabulary: Vocabulary) -> np.dtype[Any]:
     return np.dtype("<u2" if vocabulary.size <= 1 << 16 else "<u4")
 
 
-def _put_in_place(built: Path, folder: Path, sides: Mapping[str, dict[str, Any]], vocabulary: Vocabulary) -> None:
+def _put_in_place(built: Path, folder: Path, about: Mapping[str, Any], vocabulary: Vocabulary) -> None:
     """Complete a folder with its manifest and give it its name, unless another process was faster."""
-    hashes = [sides[side]["sha256"] for side in SIDES]
+    hashes = [about[side]["sha256"] for side in SIDES]
     content_hash = digest_of([*hashes, vocabulary.content_hash])
-    manifest = {"format": FORMAT, "dtype": _dtype(vocabulary).str, "content_hash": content_hash, **sides}
+    manifest = {"format": FORMAT, "dtype": _dtype(vocabulary).str, "content_hash": content_hash, **about}
     with storing(folder):
         write_text(built / "manifest.json", json.dumps(manifest, indent=1))
         try:

@@ -17,11 +17,11 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
+from potluck.corpus.reading import MAX_DOCUMENT_BYTES, LeftOut, NotText, numbered_lines, read_text, too_long
 from potluck.corpus.world import documents_of
 from potluck.errors import CorpusError, MissingExtra
 from potluck.recipe.sources import Folder, HubDataset, JsonLines, Package, SeparatedFile, Source, World
 
-MAX_DOCUMENT_BYTES = 1 << 28  # a document is held in memory
 _NOT_A_PACKAGES_TEXT = frozenset({"test", "tests", "__pycache__"})
 _NOT_STDLIB = _NOT_A_PACKAGES_TEXT | {"site-packages", "dist-packages", "idlelib", "lib2to3"}
 
@@ -41,16 +41,20 @@ class Document:
     group: str
 
 
-def documents(source: Source) -> Iterator[Document]:
+def documents(source: Source, left_out: LeftOut | None = None) -> Iterator[Document]:
     """Every document of a source, in a fixed order.
+
+    Args:
+        source: Where to read.
+        left_out: Takes the files that are no text.
 
     Raises:
         CorpusError: The source is missing, unreadable, malformed or holds no text.
         MissingExtra: The source needs `datasets`, which is not installed.
     """
-    empty = True
+    empty, left_out = True, left_out or LeftOut()
     with _reading(source):
-        for document in _read(source):
+        for document in _read(source, left_out):
             if not document.text or document.text.isspace():
                 continue
             if not _is_unicode(document.text):
@@ -58,24 +62,8 @@ def documents(source: Source) -> Iterator[Document]:
             empty = False
             yield document
     if empty:
-        raise CorpusError(f"{place(source)}: holds no text", "check its path, glob, field or separator")
-
-
-def text_bytes(source: Source) -> int | None:
-    """Size of a source's files without reading them; ``None`` for a dataset.
-
-    Raises:
-        CorpusError: The source is missing or empty.
-    """
-    if isinstance(source, HubDataset):
-        return None
-    if isinstance(source, World):
-        return sum(len(document.text) for document in _read_world(source))
-    with _reading(source):
-        size = sum(path.stat().st_size for _, path in _files(source))
-    if size == 0:
-        raise CorpusError(f"{place(source)}: holds no text", "check its path or glob")
-    return size
+        hint = "; ".join(left_out.sentences("of its files")) or "check its path, glob, field or separator"
+        raise CorpusError(f"{place(source)}: holds no text", hint)
 
 
 def fingerprint(source: Source) -> str:
@@ -123,10 +111,10 @@ def _reading(source: Source) -> Iterator[None]:
         raise CorpusError(f"{place(source)}: cannot be read ({error})") from None
 
 
-def _read(source: Source) -> Iterator[Document]:
+def _read(source: Source, left_out: LeftOut) -> Iterator[Document]:
     match source:
         case Folder() | Package():
-            return _read_files(source)
+            return _read_files(source, left_out)
         case JsonLines():
             return _read_json_lines(source)
         case SeparatedFile():
@@ -149,26 +137,22 @@ def _read_world(source: World) -> Iterator[Document]:
 # --- files -------------------------------------------------------------------------------------
 
 
-def _read_files(source: Folder | Package) -> Iterator[Document]:
-    """Each text file is a document; what is binary (not UTF-8, or with a zero byte) or unreadable is skipped."""
+def _read_files(source: Folder | Package, left_out: LeftOut) -> Iterator[Document]:
+    """Each text file is a document."""
     for name, path in _files(source):
-        if path.stat().st_size > MAX_DOCUMENT_BYTES:
-            raise _too_long(f"{place(source)}: {name}")
         try:
-            text = path.read_bytes().decode()
-        except (PermissionError, UnicodeDecodeError):
-            continue
-        if "\0" not in text:
-            yield Document(name, text, name.split("/")[0])
+            yield Document(name, read_text(path), name.split("/")[0])
+        except NotText as reason:
+            left_out.add(name, str(reason))
 
 
 def _files(source: Folder | Package | JsonLines | SeparatedFile) -> Iterator[tuple[str, Path]]:
     """Name and path of every file of a source; hidden files are not part of it."""
     match source:
         case JsonLines():
-            yield Path(source.jsonl).name, Path(source.jsonl)
+            yield _one_file(source, Path(source.jsonl))
         case SeparatedFile():
-            yield Path(source.file).name, Path(source.file)
+            yield _one_file(source, Path(source.file))
         case Folder() | Package():
             files = _files_below(source)
             if source.order == "shuffled":
@@ -176,8 +160,17 @@ def _files(source: Folder | Package | JsonLines | SeparatedFile) -> Iterator[tup
             yield from files
 
 
+def _one_file(source: Source, path: Path) -> tuple[str, Path]:
+    """A file by name; a pipe or a device may have no end."""
+    if path.exists() and not path.is_file():
+        raise CorpusError(f"{place(source)}: not a file", "a folder of text files is named by `path`")
+    return path.name, path
+
+
 def _files_below(source: Folder | Package) -> Iterator[tuple[str, Path]]:
     if isinstance(source, Folder):
+        if Path(source.path).is_file():
+            raise CorpusError(f"{place(source)}: not a folder", "one file of text is named by `jsonl` or `file`")
         roots, pruned = [Path(source.path)], frozenset[str]()
     else:
         roots, pruned = _package_roots(source.package)
@@ -235,23 +228,9 @@ def _matches(path: tuple[str, ...], pattern: tuple[str, ...]) -> bool:
 # --- lines -------------------------------------------------------------------------------------
 
 
-def _lines(path: Path) -> Iterator[tuple[int, str]]:
-    """Numbered lines of a UTF-8 file, each with its end."""
-    with path.open("rb") as file:
-        number = 0
-        while line := file.readline(MAX_DOCUMENT_BYTES + 1):
-            number += 1
-            if len(line) > MAX_DOCUMENT_BYTES:
-                raise _too_long(f"{path}: line {number}")
-            try:
-                yield number, line.decode()
-            except UnicodeDecodeError as error:
-                raise CorpusError(f"{path}: line {number} is not UTF-8 ({error.reason})") from None
-
-
 def _read_json_lines(source: JsonLines) -> Iterator[Document]:
     path = Path(source.jsonl)
-    for number, line in _lines(path):
+    for number, line in numbered_lines(path):
         if line.isspace():
             continue
         where = f"{path}: line {number}"
@@ -270,7 +249,7 @@ def _read_separated(source: SeparatedFile) -> Iterator[Document]:
     name: str | None = None
     lines: list[str] = []
     size = 0
-    for number, line in _lines(path):
+    for number, line in numbered_lines(path):
         if line.startswith(source.separator):
             if name is not None:
                 yield Document(name, "".join(lines), name.split("/")[0])
@@ -280,7 +259,7 @@ def _read_separated(source: SeparatedFile) -> Iterator[Document]:
             lines.append(line)
             size += len(line)
             if size > MAX_DOCUMENT_BYTES:
-                raise _too_long(f"{path}: document {name}")
+                raise too_long(f"{path}: document {name}")
         elif not line.isspace():
             raise CorpusError(
                 f"{path}: line {number} is text before any line that starts with {source.separator!r}",
@@ -342,10 +321,3 @@ def _is_unicode(text: str) -> bool:
     except UnicodeEncodeError:
         return False
     return True
-
-
-def _too_long(where: str) -> CorpusError:
-    return CorpusError(
-        f"{where} is longer than {MAX_DOCUMENT_BYTES >> 20} MiB, and a document is held in memory",
-        "cut it into documents, for example as JSON lines",
-    )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 from pathlib import Path
 
 from potluck.errors import RecipeError
@@ -32,10 +33,23 @@ def shape_of(model: Model) -> Shape | None:
             return None
 
 
-def parameter_shapes(model: Model, vocabulary_size: int) -> Shapes:
-    """Name and shape of every parameter that learns, tied ones once, in the order of the flat vector.
+@dataclass(frozen=True)
+class Form:
+    """A model's parameters.
 
-    For a model folder `transformers` says them, which takes some seconds to load.
+    Attributes:
+        learns: Name and shape of each that learns, tied ones once, in the order of the flat vector.
+        frozen: How many do not learn.
+        rows: Tokens that its embedding knows.
+    """
+
+    learns: Shapes
+    frozen: int
+    rows: int
+
+
+def form_of(model: Model, vocabulary_size: int) -> Form:
+    """A model's parameters; of a folder `transformers` says them, which takes some seconds to load.
 
     Raises:
         ModelError: A model folder cannot be opened, as `potluck.models.check.checked_folder` says.
@@ -45,25 +59,23 @@ def parameter_shapes(model: Model, vocabulary_size: int) -> Shapes:
         assert isinstance(model, ModelFolder)
         from potluck.models.check import checked_folder
 
-        return checked_folder(Path(model.path)).learns
+        found = checked_folder(Path(model.path))
+        return Form(found.learns, sum(math.prod(form) for _, form in found.frozen), found.rows)
     embeddings, width = (vocabulary_size, shape.width), shape.width
     layers = ((f"model.layers.{i}.{name}", form) for i in range(shape.layers) for name, form in _layer_shapes(shape))
     head = () if shape.tied else (("lm_head.weight", embeddings),)
-    return (("model.embed_tokens.weight", embeddings), *layers, ("model.norm.weight", (width,)), *head)
+    learns = (("model.embed_tokens.weight", embeddings), *layers, ("model.norm.weight", (width,)), *head)
+    return Form(learns, 0, vocabulary_size)
+
+
+def parameter_shapes(model: Model, vocabulary_size: int) -> Shapes:
+    """Name and shape of every parameter that learns; errors as ``form_of``."""
+    return form_of(model, vocabulary_size).learns
 
 
 def parameter_count(model: Model, vocabulary_size: int) -> int:
-    """Parameters of the model that learn, tied ones once; errors as ``parameter_shapes``."""
+    """Parameters of the model that learn, tied ones once; errors as ``form_of``."""
     return sum(math.prod(shape) for _, shape in parameter_shapes(model, vocabulary_size))
-
-
-def frozen_count(model: Model) -> int:
-    """Parameters of the model that do not learn; errors as ``parameter_shapes``."""
-    if not isinstance(model, ModelFolder):
-        return 0
-    from potluck.models.check import checked_folder
-
-    return sum(math.prod(shape) for _, shape in checked_folder(Path(model.path)).frozen)
 
 
 def context_length(model: Model) -> int:

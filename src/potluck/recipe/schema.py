@@ -169,9 +169,14 @@ class Records(Table):
     """What the run leaves behind."""
 
     folder: str = setting("runs/{name}", "Run folder, relative to where potluck is started.")
-    checkpoint_every: int = setting(1, "Rounds between two checkpoints.", unit="rounds", ge=1)
+    checkpoint_every: int | None = setting(
+        None,
+        "Rounds between two checkpoints; left out: 1, and of large ones so many that a round writes 500 MB on average.",
+        unit="rounds",
+        ge=1,
+    )
     keep_last: int = setting(2, "Checkpoints kept, the newest.", unit="checkpoints", ge=1)
-    keep_best: bool = setting(True, "Also keep the one with the lowest held-out loss.")
+    keep_best: bool = setting(True, "Also keep the weights of the one with the lowest held-out loss.")
 
 
 class Recipe(Table):

@@ -114,8 +114,11 @@ class Data(Table):
     train_bytes: int | None = setting(
         None, "At most so much training text per participant; all of it if left out.", unit="bytes", ge=1
     )
-    validation_bytes: int | None = setting(
-        None, "At most so much held-out text per participant; all of it if left out.", unit="bytes", ge=1
+    validation_bytes: int = setting(
+        32_768,
+        "At most so much held-out text per participant: as a token has a byte at least, it bounds evaluations.",
+        unit="bytes",
+        ge=1,
     )
     shards: str = setting(
         "runs/shards", "Folder of the token shards, relative to where potluck is started; shared by runs."

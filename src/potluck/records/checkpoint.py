@@ -1,7 +1,9 @@
 """Checkpoints: everything a run needs to go on, written so that the last good one is never lost.
 
 A checkpoint is a folder ``round-000012`` with one safetensors file per part and ``state.json``: the run's facts, the
-SHA-256 of each part and its own. It is written under another name, forced to disk, and renamed when it is whole.
+SHA-256 of each part and its own. It is written under another name, forced to disk, and renamed when it is whole. A part
+that is what it was in the newest checkpoint is a hard link to it. Of the best one, when it is no longer among the
+newest, the weights alone are kept.
 """
 
 from __future__ import annotations
@@ -11,20 +13,21 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 
 from potluck.errors import CheckpointError, StorageError
 from potluck.files import storing, write_text
 
 FORMAT = 1
-Parts = Mapping[str, Mapping[str, Tensor]]
+WEIGHTS = "shared"  # the part that holds them
+Parts = Mapping[str, Sequence[memoryview]]  # each a safetensors file in pieces
 
 
 @dataclass(frozen=True)
@@ -44,6 +47,12 @@ class Checkpoint:
 def save_checkpoint(folder: Path, number: int, facts: Mapping[str, Any], parts: Parts) -> None:
     """Write the checkpoint of round ``number`` below ``folder``, all or nothing.
 
+    Args:
+        folder: Of all checkpoints.
+        number: Of the round.
+        facts: JSON.
+        parts: By name; `potluck.updates.codec.payload_parts` makes one of tensors, without a copy.
+
     Raises:
         StorageError: The disk is full or cannot be written; earlier checkpoints are untouched.
     """
@@ -51,15 +60,13 @@ def save_checkpoint(folder: Path, number: int, facts: Mapping[str, Any], parts: 
     try:
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
-        hashes = {}
-        for part, tensors in parts.items():
+        before, hashes = _newest(folder), {}
+        for part, pieces in parts.items():
             path = partial / f"{part}.safetensors"
-            save_file(dict(tensors), path)
-            hashes[part] = _sync_and_hash(path)
-        state = partial / "state.json"
-        content = {"format": FORMAT, "round": number, "facts": facts, "sha256": hashes}
-        state.write_text(json.dumps({**content, "own_sha256": _content_hash(content)}, indent=1))
-        _sync_and_hash(state)
+            hashes[part] = _hash_of(pieces)
+            if not _linked(before.get((part, hashes[part])), path, sum(piece.nbytes for piece in pieces)):
+                _write(path, pieces)
+        _write_state(partial, {"format": FORMAT, "round": number, "facts": facts, "sha256": hashes})
         _sync_folder(partial)
         if final.exists():  # the state of this round was changed without a round
             older = folder / f".older-{number:06d}"
@@ -70,7 +77,7 @@ def save_checkpoint(folder: Path, number: int, facts: Mapping[str, Any], parts: 
         else:
             partial.rename(final)
         _sync_folder(folder)
-    except (OSError, SafetensorError) as error:
+    except (OSError, StorageError) as error:
         shutil.rmtree(partial, ignore_errors=True)
         raise StorageError(
             f"{final}: the checkpoint cannot be written ({error})", "free some space and resume from the last one"
@@ -117,6 +124,10 @@ def load_checkpoint(folder: Path, number: int | None = None, only: str | None = 
             raise CheckpointError(f"{path}/state.json: damaged: its content does not match its hash", hint)
         if state["format"] != FORMAT:
             raise CheckpointError(f"{path}: format {state['format']}, this potluck reads {FORMAT}")
+        if only is None and state.get("weights_alone"):
+            raise CheckpointError(
+                f"{path}: of the best checkpoint only the weights were kept: nothing goes on from it", hint
+            )
         parts = {}
         for part, digest in state["sha256"].items():
             if only not in (None, part):
@@ -137,9 +148,11 @@ def list_checkpoints(folder: Path) -> list[int]:
 
 
 def prune_checkpoints(folder: Path, keep_last: int, best: int | None) -> None:
-    """Remove all checkpoints but the newest ``keep_last`` and that of round ``best``."""
+    """Remove all checkpoints but the newest ``keep_last``, and of round ``best`` all but the weights."""
     for number in list_checkpoints(folder)[:-keep_last]:
-        if number != best:
+        if number == best:
+            _keep_weights(folder / f"round-{number:06d}")
+        else:
             _remove(folder, number)
     for leftover in folder.glob(".partial-*"):  # of a process that was killed
         shutil.rmtree(leftover, ignore_errors=True)
@@ -161,19 +174,70 @@ def _remove(folder: Path, number: int) -> None:
     shutil.rmtree(nameless, ignore_errors=True)
 
 
+def _keep_weights(path: Path) -> None:
+    """Let go of all but the weights; the facts say so first."""
+    try:
+        state = json.loads((path / "state.json").read_text())
+        if not state.get("weights_alone"):
+            del state["own_sha256"]
+            _write_state(path, {**state, "sha256": {WEIGHTS: state["sha256"][WEIGHTS]}, "weights_alone": True})
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return  # damaged: whoever reads it is told
+    for file in path.glob("*.safetensors"):
+        if file.stem != WEIGHTS:
+            file.unlink()
+
+
+def _newest(folder: Path) -> dict[tuple[str, str], Path]:
+    """The files of the newest checkpoint by part and hash, as far as it says."""
+    found = list_checkpoints(folder)
+    if not found:
+        return {}
+    path = folder / f"round-{found[-1]:06d}"
+    try:
+        hashes = json.loads((path / "state.json").read_text())["sha256"]
+        return {(part, str(digest)): path / f"{part}.safetensors" for part, digest in hashes.items()}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return {}
+
+
+def _linked(file: Path | None, path: Path, size: int) -> bool:
+    """Make ``path`` another name of a file of that size, where there is one and the disk can."""
+    try:
+        if file is None or file.stat().st_size != size:
+            return False
+        os.link(file, path)
+    except OSError:
+        return False
+    return True
+
+
+def _write(path: Path, pieces: Sequence[memoryview]) -> None:
+    with path.open("wb") as file:
+        for piece in pieces:
+            file.write(piece)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _write_state(folder: Path, content: Mapping[str, Any]) -> None:
+    write_text(folder / "state.json", json.dumps({**content, "own_sha256": _content_hash(content)}, indent=1))
+
+
 def _content_hash(content: Mapping[str, Any]) -> str:
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
+def _hash_of(pieces: Sequence[memoryview]) -> str:
+    digest = hashlib.sha256()
+    for piece in pieces:
+        digest.update(piece)
+    return digest.hexdigest()
 
 
 def _hash(path: Path) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _sync_and_hash(path: Path) -> str:
-    with path.open("rb") as file:
-        os.fsync(file.fileno())
-    return _hash(path)
 
 
 def _sync_folder(folder: Path) -> None:

@@ -74,6 +74,7 @@ def run_page(data: Mapping[str, Any], charts: Mapping[str, Chart]) -> str:
         "rounds": f"{data['rounds']} of {data['planned_rounds']}",
         "tokens trained": count_text(data["total_tokens"]),
         **_traffic(data),
+        "evaluated": _evaluated(data["evaluations"]),
         "time": duration_text(data["seconds"]["total"]),
     }
     sections = [
@@ -86,6 +87,12 @@ def run_page(data: Mapping[str, Any], charts: Mapping[str, Chart]) -> str:
         _provenance(data, data),
     ]
     return _page(str(data["name"]), f"potluck run · {data['variant']}", data["headline"], sections)
+
+
+def _evaluated(evaluations: Sequence[Mapping[str, Any]]) -> str:
+    """How often, and on how much text."""
+    tokens = next((item["union"]["tokens"] for item in reversed(evaluations) if item["union"]), 0)
+    return f"{len(evaluations)} times on {count_text(tokens)} tokens" if tokens else "not"
 
 
 def comparison_page(data: Mapping[str, Any], charts: Mapping[str, Chart]) -> str:

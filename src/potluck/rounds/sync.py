@@ -76,7 +76,7 @@ def run_rounds(
         amended, found = amend(found)
         if stop:
             log.write("run_interrupted", round=shared.revision)
-        if last or stop or amended or shared.revision % recipe.records.checkpoint_every == 0:
+        if last or stop or amended or shared.revision % (recipe.records.checkpoint_every or 1) == 0:
             checkpoint(found)
         if stop:
             raise Interrupted(f"after round {shared.revision} of {settings.count}")
