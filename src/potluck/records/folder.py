@@ -26,6 +26,7 @@ from potluck.recipe.load import changed_keys, parse_recipe
 FORMAT = 1
 _SHOWN = 8  # keys in a message
 POOLED = "pooled"
+_NOT_ONE = "name the folder that `potluck train`, `host` or `local` wrote; it is there some seconds after they began"
 
 
 @dataclass(frozen=True)
@@ -103,7 +104,7 @@ def open_run(folder: Path) -> tuple[Recipe, Variant]:
         facts: Any = json.loads((folder / "run.json").read_text(encoding="utf-8"))
         variant = Variant(facts["kind"], tuple(facts["trainers"]))
     except (OSError, ValueError, KeyError, TypeError):
-        raise RunFolderError(f"{folder}: not a run folder", "name the folder that `potluck train` wrote") from None
+        raise RunFolderError(f"{folder}: not a run folder", _NOT_ONE) from None
     recipe = load_recipe(folder / "recipe.toml")
     if "recipe" in facts:  # version 0.1 did not keep it
         check_same_recipe(parse_recipe(facts["recipe"], f"{folder}/run.json"), recipe, folder)
