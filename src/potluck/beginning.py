@@ -19,7 +19,8 @@ from potluck.recipe.schema import NAME
 SAMPLES = {"ada": {"package": "asyncio"}, "ben": {"package": "email"}}  # Python's own source: it is everywhere
 
 _HEAD = """\
-# A run of potluck: one model that {count} train together. docs/reference/recipe.md has every key and its default.
+# A run of potluck: one model that {count} train together.
+# Every key and its default: reference/recipe.md of potluck's documents.
 #
 #   potluck check {file}       what it costs, before anything slow
 #   potluck local {file}       a process for each participant, on this machine

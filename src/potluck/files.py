@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 import shutil
+import sysconfig
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -14,6 +15,12 @@ from potluck.errors import StorageError
 # Where a path leads through folders of this machine: not in the middle of a word, and not in a URL.
 _FOLDERS = re.compile(r"(?<![\w.:/~])(?:~|[A-Za-z]:)?[/\\](?:[^\s/\\:'\"]+[/\\])+")
 _HUB = re.compile(r"models--(.+?)--(.+)")
+
+
+def page(name: str) -> str:
+    """Where a page of the documentation lies here, such as ``reference/recipe.md``: in a checkout, or as installed."""
+    places = (Path(__file__).parents[2] / "docs", Path(sysconfig.get_path("data")) / "share" / "doc" / "potluck")
+    return next((str(place / name) for place in places if (place / name).exists()), f"docs/{name} of potluck's source")
 
 
 def name_of(path: str | Path) -> str:

@@ -11,11 +11,12 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+from potluck.files import page
 from potluck.recipe.updates import BlockTopK, ErrorFeedback, LinkTable, Quantize, QuantizedDownload, Updates
 
 RANDOM, TRAINED = "random weights", "a trained model"
 PARAMETERS = 217_728
-WHERE = "docs/results, how many outer steps a codec needs"
+WHERE = f"{page('results/README.md')}, how many outer steps a codec needs"
 MOST_OVER, MOST_LOST = 2.0, 10.0  # percent
 FULL = "fp32"
 _LINKS: dict[str, tuple[LinkTable, ...]] = {

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import ast
 import inspect
 import re
 import shlex
+import shutil
+import subprocess
 import sys
+import tomllib
+import zipfile
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,7 +18,7 @@ import pytest
 
 import potluck
 from docs import _generate
-from potluck import errors
+from potluck import errors, files
 from potluck.cli import main
 from potluck.embedded import embedded_run, prepare
 from potluck.preflight import forecast
@@ -100,6 +105,52 @@ def test_links_lead_somewhere(page: Path) -> None:
     targets = re.findall(r"\]\(([^)\s#]+)(?:#[^)]*)?\)", text)
     missing = [target for target in targets if "://" not in target and not (page.parent / target).exists()]
     assert missing == []
+
+
+def test_the_index_names_every_page() -> None:
+    index = (ROOT / "docs" / "README.md").read_text(encoding="utf-8")
+    pages = {path.relative_to(ROOT / "docs").as_posix() for path in ROOT.glob("docs/**/*.md") if path.name[0] != "_"}
+    assert sorted(pages - set(re.findall(r"\]\(([^)#]+)\)", index))) == ["README.md"]
+
+
+def test_pages_that_messages_name_are_installed(tmp_path: Path) -> None:
+    """In a checkout and in a wheel; no message names a page in any other way."""
+    for name in ("src", "docs"):
+        shutil.copytree(ROOT / name, tmp_path / name, ignore=shutil.ignore_patterns("__pycache__", "*.egg-info"))
+    for name in ("pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, tmp_path)
+    build = "from setuptools.build_meta import build_wheel; print(build_wheel('out'))"
+    subprocess.run([sys.executable, "-c", build], cwd=tmp_path, check=True, capture_output=True)
+    wheel = zipfile.ZipFile(next((tmp_path / "out").glob("*.whl"))).namelist()
+    named = set()
+    for path in (ROOT / "src").rglob("*.py"):
+        tree = ast.parse(path.read_text(encoding="utf-8"))
+        owners = [n for n in ast.walk(tree) if isinstance(n, ast.Module | ast.ClassDef | ast.FunctionDef)]
+        documented = {ast.get_docstring(node, clean=False) for node in owners}
+        for node in ast.walk(tree):
+            if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "page":
+                named.add(ast.literal_eval(node.args[0]))
+            if isinstance(node, ast.Constant) and isinstance(node.value, str) and node.value not in documented:
+                other = re.search(r"(?<!`)\bdocs/[\w/-]+\.md", node.value)
+                assert not other, f"{path}:{node.lineno}: name {other} by files.page"  # type: ignore[str-bytes-safe]
+    assert len(named) >= 5
+    for name in named:
+        assert any(entry.endswith(f"/data/share/doc/potluck/{name}") for entry in wheel), name
+        assert Path(files.page(name)) == ROOT / "docs" / name
+
+
+def test_lower_bounds_are_what_is_tested_with() -> None:
+    pins: dict[str, tuple[int, ...]] = {}
+    for name in ("constraints.txt", "constraints-peers.txt"):
+        for package, version in re.findall(r"^([\w.-]+)==([0-9.]+)$", (ROOT / name).read_text(), re.M):
+            key, found = package.lower().replace("_", "-"), tuple(map(int, version.strip(".").split(".")))
+            pins[key] = min(found, pins.get(key, found))
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    extras = ("nats", "store", "postgres", "report", "datasets")
+    wanted = [*project["dependencies"], *(item for extra in extras for item in project["optional-dependencies"][extra])]
+    for requirement in wanted:
+        package, bound = re.fullmatch(r"([\w-]+)(?:\[\w+\])?>=([0-9.]+)", requirement).groups()  # type: ignore[union-attr]
+        assert tuple(map(int, bound.split("."))) == pins[package], requirement
 
 
 def test_the_generated_pages_are_up_to_date() -> None:

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from potluck.errors import EditError
+from potluck.files import page
 from potluck.untrusted import load_json
 
 MAX_EDITS = 5_000  # in one batch
@@ -100,7 +101,9 @@ def read_edits(path: Path, limit: int = MAX_EDITS, left_out: list[str] | None = 
     except (OSError, ValueError, RecursionError) as error:
         raise EditError(f"{path}: cannot be read as edits ({error})", "a JSON list, one object an edit") from None
     if not isinstance(rows, list) or not rows or not all(isinstance(row, dict) for row in rows):
-        raise EditError(f"{path}: not a list of edits", "a JSON list, one object an edit; see docs/how-to/edit.md")
+        raise EditError(
+            f"{path}: not a list of edits", f"a JSON list, one object an edit; see {page('how-to/edit.md')}"
+        )
     if len(rows) > limit:
         hint = "cut the file; edits may be applied one batch after the other"
         raise EditError(f"{path}: {len(rows)} edits at once, more than {limit}", hint)

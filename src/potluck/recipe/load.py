@@ -14,7 +14,7 @@ from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
 from potluck.errors import RecipeError
-from potluck.files import name_of
+from potluck.files import name_of, page
 from potluck.recipe.schema import Recipe
 from potluck.untrusted import load_toml, loads_toml
 
@@ -53,7 +53,7 @@ def parse_recipe(raw: dict[str, Any], where: str = "recipe") -> Recipe:
     except ValidationError as error:
         faults = [explain(fault) for fault in error.errors(include_url=False)]
         shown = faults[0] if len(faults) == 1 else "".join(f"\n  - {fault}" for fault in faults)
-        raise RecipeError(f"{where}: {shown}", "docs/reference/recipe.md lists every key") from None
+        raise RecipeError(f"{where}: {shown}", f"{page('reference/recipe.md')} lists every key") from None
 
 
 def _with_kinds(raw: Any, table: type[BaseModel]) -> Any:

@@ -15,6 +15,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
+from potluck.files import page
 from potluck.recipe.local import AdamW, LocalOptimizer, LocalSgd, Muon
 from potluck.recipe.table import Table, setting
 
@@ -131,10 +132,10 @@ def outer_warnings(outer: Outer, optimizer: LocalOptimizer, steps: int, rounds: 
     if isinstance(outer, OuterNesterov) and outer.momentum >= 0.9 and rounds < 100:
         yield (
             f"outer.momentum {outer.momentum} over {rounds} outer steps: over 6 to 100 it did worse than plain "
-            'averaging, outer.kind = "sgd" (measured on a small model, docs/log.md)'
+            f'averaging, outer.kind = "sgd" (measured on a small model: {page("log.md")})'
         )
     if isinstance(outer, OuterAdam | OuterYogi) and outer.beta1 >= 0.9 and rounds < 100:
-        yield f"outer.beta1 {outer.beta1} over {rounds} outer steps: over 6 to 100, 0.5 did better (docs/log.md)"
+        yield f"outer.beta1 {outer.beta1} over {rounds} outer steps: over 6 to 100, 0.5 did better ({page('log.md')})"
     scale, rate = step_size(optimizer, steps), getattr(outer, "learning_rate", None)
     if isinstance(outer, Adaptive) and scale and rate and rate > _TOO_LARGE * scale:
         yield (

@@ -10,6 +10,7 @@ from typing import Any, Literal
 from pydantic import ValidationError, model_validator
 
 from potluck.errors import RecipeError
+from potluck.files import page
 from potluck.recipe.load import absolute_paths, explain
 from potluck.recipe.sources import Source
 from potluck.recipe.table import Table, setting
@@ -124,4 +125,4 @@ def load_part(
     except ValidationError as error:
         faults = "; ".join(explain(fault, Part) for fault in error.errors(include_url=False))
         where = str(path or "what this participant brings")
-        raise RecipeError(f"{where}: {faults}", "docs/reference/recipe.md lists every key of a part") from None
+        raise RecipeError(f"{where}: {faults}", f"{page('reference/recipe.md')} lists every key of a part") from None

@@ -15,7 +15,7 @@ from typing import Any
 from potluck.corpus.world import Fact
 from potluck.edit.facts import Edit, read_edits
 from potluck.errors import EditError
-from potluck.files import write_text
+from potluck.files import page, write_text
 from potluck.untrusted import loads
 
 _MAX_FILE_BYTES = 1 << 28
@@ -79,7 +79,7 @@ def read_questions(path: Path, task: str = "") -> list[Question]:
                 continue
             found.append(_question(record, number))
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-            hint = "one JSON object a line, with question and answer; see docs/how-to/forget.md"
+            hint = f"one JSON object a line, with question and answer; see {page('how-to/forget.md')}"
             raise EditError(f"{path}: line {number} is no question ({error!r})", hint) from None
     return checked_questions(found, str(path))
 
