@@ -83,9 +83,9 @@ def telling(begin: str = "...") -> Iterator[Callable[[str], None]]:
 
 def write(text: str) -> None:
     """A text that is the result itself, on standard output: to the letter, but for what a terminal would obey."""
-    print(harmless(text) if sys.stdout.isatty() else text)
+    print(harmless(text) if sys.stdout.isatty() else text, flush=True)
 
 
 def write_json(result: Mapping[str, Any]) -> None:
     """A result as JSON, on standard output."""
-    print(json.dumps(result, indent=2, default=str))
+    print(json.dumps(result, indent=2, default=str), flush=True)

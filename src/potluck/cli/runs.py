@@ -33,7 +33,7 @@ from potluck.cli.options import (
     print_facts,
     print_result,
 )
-from potluck.terminal import progress, warn, write_json
+from potluck.terminal import progress, warn, write, write_json
 
 verbs = typer.Typer()
 
@@ -241,7 +241,7 @@ def status(
     from potluck.terminal import results
 
     if watch:
-        tell = (lambda found: typer.echo(json.dumps(found))) if as_json else None
+        tell = (lambda found: write(json.dumps(found))) if as_json else None
         follow(lambda: run_status(run, invite), tell)
     elif as_json:
         write_json(run_status(run, invite))
