@@ -19,6 +19,7 @@ from pydantic import Field, TypeAdapter, ValidationError
 
 MAX_BYTES = 64 << 20
 MAX_TOML_BYTES = 4 << 20
+_PIECE = 1 << 20
 MAX_DEPTH = 32
 MAX_DIGITS = 20  # of 2^64
 _DOTTED = re.compile(rf"(?:[\w\"'-]+[ \t]*\.[ \t]*){{{MAX_DEPTH}}}")
@@ -107,11 +108,13 @@ def read_bytes(path: Path, most_bytes: int = MAX_BYTES) -> bytes:
         ValueError: It is larger.
     """
     with path.open("rb") as file:
-        size = os.fstat(file.fileno()).st_size
-        content = b"" if size > most_bytes else file.read(most_bytes + 1)
-    if size > most_bytes or len(content) > most_bytes:
-        raise ValueError(f"a file of {max(size, len(content))} bytes, at most {most_bytes} are read")
-    return content
+        size, content = os.fstat(file.fileno()).st_size, bytearray()
+        while size <= most_bytes and (piece := file.read(_PIECE)):  # read(most_bytes) would take as much at once
+            content += piece
+            size = max(size, len(content))
+    if size > most_bytes:
+        raise ValueError(f"a file of {size} bytes, at most {most_bytes} are read")
+    return bytes(content)
 
 
 def checked(kind: type[T], value: Any) -> T:

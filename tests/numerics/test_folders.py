@@ -208,3 +208,19 @@ def test_experts_that_are_stored_apart_are_counted_as_they_are_loaded(tmp_path: 
     restored(tmp_path, lambda tensors: tensors.pop("model.layers.0.input_layernorm.weight"))
     with pytest.raises(ModelError, match=r"input_layernorm.weight is missing"):
         load_folder(tmp_path)
+
+
+def test_a_configuration_of_countless_parts_is_refused_before_they_are_made(tmp_path: Path) -> None:
+    llama(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    for changes, said in (
+        ({"num_hidden_layers": 10**9}, "num_hidden_layers = 1000000000, at most 1000"),
+        ({"text_config": {"n_layer": 1001}}, "n_layer = 1001"),
+        ({"num_local_experts": 10**6}, "num_local_experts"),
+        ({"num_labels": 10**10}, "num_labels"),
+        ({"hidden_size": 1 << 40, "intermediate_size": 1 << 40}, "cannot be loaded"),
+        ({"max_position_embeddings": "long"}, "cannot be loaded|context of 'long'"),
+    ):
+        (tmp_path / "config.json").write_text(json.dumps(config | changes))
+        with pytest.raises(ModelError, match=said):
+            checked_folder(tmp_path)

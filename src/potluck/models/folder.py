@@ -7,6 +7,7 @@ Other weight files beside them, and an index beside a single file, are of no acc
 from __future__ import annotations
 
 import math
+import re
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,6 +25,7 @@ _TOKENIZER = (
     *("additional_chat_templates/*.jinja", "LICENSE*", "NOTICE*"),
 )
 _MALFORMED = (AttributeError, KeyError, TypeError, ValueError)
+_MOST = {"layer": 1000, "expert": 4096, "head": 1 << 16, "label": 1 << 16}
 _DIGITS = 40  # some write 10^30 for a length without bound
 
 
@@ -63,7 +65,17 @@ def folder_config(folder: Path) -> dict[str, Any]:
         raise ModelError(f"{folder}: not a model folder ({error})", "save it with model.save_pretrained") from None
     if not isinstance(config, dict):
         raise ModelError(f"{folder}/config.json: not a JSON object")
+    for table in (config, *(inner for inner in config.values() if isinstance(inner, dict))):
+        _check_counts(folder, table)
     return config
+
+
+def _check_counts(folder: Path, table: Mapping[str, Any]) -> None:
+    """Refuse a model of so many parts that describing it takes the memory, before a single weight does."""
+    for key, value in table.items():
+        for part, most in _MOST.items():
+            if re.search(rf"(^|_){part}s?$", key) and isinstance(value, int) and value > most:
+                raise ModelError(f"{folder}/config.json: {key} = {value}, at most {most} are built")
 
 
 def copy_tokenizer(source: Path, to: Path) -> None:

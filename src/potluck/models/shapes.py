@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass
 from pathlib import Path
 
-from potluck.errors import RecipeError
+from potluck.errors import ModelError, RecipeError
 from potluck.models.folder import folder_config
 from potluck.recipe.schema import Model, ModelFolder, Preset, Shape
 
@@ -85,7 +85,10 @@ def context_length(model: Model) -> int:
         return shape.context
     assert isinstance(model, ModelFolder)
     config = folder_config(Path(model.path))
-    return int(config.get("max_position_embeddings") or config.get("n_positions") or 1 << 30)
+    length = config.get("max_position_embeddings") or config.get("n_positions") or 1 << 30
+    if not isinstance(length, int):
+        raise ModelError(f"{model.path}/config.json: a context of {length!r} tokens")
+    return length
 
 
 def check_context(model: Model, sequence_length: int) -> None:

@@ -90,7 +90,7 @@ class Files:
         path = self.folder / name
         try:
             with path.open("rb") as file:
-                content = file.read(most + 1)
+                content = file.read(min(most, os.fstat(file.fileno()).st_size) + 1)  # it takes as much at once
         except (FileNotFoundError, NotADirectoryError):
             return None
         except OSError as error:
