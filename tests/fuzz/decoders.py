@@ -155,7 +155,8 @@ def _files(scratch: Path) -> dict[str, Decoder]:
     recipe = recipe_toml(parse_recipe(RECIPE)).encode()
     folder = scratch / "checkpoints"
     newest = folder / "round-000003"
-    save_checkpoint(folder, 3, {"run": "x", "figures": [1, 2.5]}, {"state": {"theta": torch.ones(3)}})
+    parts = {"state": codec.payload_parts({"theta": torch.ones(3)})}
+    save_checkpoint(folder, 3, {"run": "x", "figures": [1, 2.5]}, parts)
     events = b'{"event": "begin", "schema": 1}\n{"event": "round", "round": 1, "figures": {"loss": 1.5}}\n'
     return {
         "invite": Decoder("bytes", (scratch / "invite.toml").read_bytes(), _in_file(scratch / "i.toml", load_invite)),

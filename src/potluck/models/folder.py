@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 import re
 import shutil
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any

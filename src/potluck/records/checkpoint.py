@@ -24,6 +24,7 @@ from torch import Tensor
 
 from potluck.errors import CheckpointError, StorageError
 from potluck.files import storing, write_text
+from potluck.untrusted import load_json
 
 FORMAT = 1
 WEIGHTS = "shared"  # the part that holds them
@@ -98,7 +99,7 @@ def note_attempt(folder: Path, revision: int) -> None:
 def attempts(folder: Path) -> dict[int, int]:
     """How often the rounds from each revision have failed."""
     try:
-        return {int(number): int(count) for number, count in json.loads((folder / "attempts.json").read_text()).items()}
+        return {int(number): int(count) for number, count in load_json(folder / "attempts.json").items()}
     except (OSError, ValueError, AttributeError, TypeError):
         return {}
 
@@ -119,7 +120,7 @@ def load_checkpoint(folder: Path, number: int | None = None, only: str | None = 
     others = ", ".join(str(n) for n in found if n != number) or "none"
     hint = f"resume from an earlier one with --round; other checkpoints of rounds: {others}"
     try:
-        state = json.loads((path / "state.json").read_text())
+        state = load_json(path / "state.json")
         if state.pop("own_sha256") != _content_hash(state):
             raise CheckpointError(f"{path}/state.json: damaged: its content does not match its hash", hint)
         if state["format"] != FORMAT:
@@ -177,7 +178,7 @@ def _remove(folder: Path, number: int) -> None:
 def _keep_weights(path: Path) -> None:
     """Let go of all but the weights; the facts say so first."""
     try:
-        state = json.loads((path / "state.json").read_text())
+        state = load_json(path / "state.json")
         if not state.get("weights_alone"):
             del state["own_sha256"]
             _write_state(path, {**state, "sha256": {WEIGHTS: state["sha256"][WEIGHTS]}, "weights_alone": True})
@@ -195,7 +196,7 @@ def _newest(folder: Path) -> dict[tuple[str, str], Path]:
         return {}
     path = folder / f"round-{found[-1]:06d}"
     try:
-        hashes = json.loads((path / "state.json").read_text())["sha256"]
+        hashes = load_json(path / "state.json")["sha256"]
         return {(part, str(digest)): path / f"{part}.safetensors" for part, digest in hashes.items()}
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return {}

@@ -15,6 +15,7 @@ from typing import Any
 
 from potluck.errors import CheckpointError
 from potluck.files import storing
+from potluck.untrusted import loads
 
 SCHEMA = 1
 TIMING_KEYS = ("time", "seconds")
@@ -90,7 +91,7 @@ def read_events(path: Path, end: int | None = None) -> Iterator[Event]:
             if not line.endswith(b"\n") or (end is not None and position > end):
                 return
             try:
-                entry = json.loads(line) if len(line) <= MAX_LINE_BYTES else None
+                entry = loads(line, most_bytes=MAX_LINE_BYTES)
             except ValueError:
                 entry = None
             if not isinstance(entry, dict) or "event" not in entry:

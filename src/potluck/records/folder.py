@@ -22,6 +22,7 @@ from potluck.errors import RunFolderError
 from potluck.files import storing, write_text
 from potluck.recipe import Recipe, load_recipe, recipe_toml
 from potluck.recipe.load import changed_keys, parse_recipe
+from potluck.untrusted import load_json
 
 FORMAT = 1
 _SHOWN = 8  # keys in a message
@@ -101,7 +102,7 @@ def open_run(folder: Path) -> tuple[Recipe, Variant]:
         RunFolderError: It is not a run folder, or its recipe is not the one that the run began with.
     """
     try:
-        facts: Any = json.loads((folder / "run.json").read_text(encoding="utf-8"))
+        facts: Any = load_json(folder / "run.json")
         variant = Variant(facts["kind"], tuple(facts["trainers"]))
     except (OSError, ValueError, KeyError, TypeError):
         raise RunFolderError(f"{folder}: not a run folder", _NOT_ONE) from None
