@@ -11,9 +11,11 @@ from itertools import accumulate
 from typing import Any
 
 import torch
+from pydantic import BaseModel
 
-from potluck.contribution import Contribution
+from potluck.contribution import Contribution, Header
 from potluck.corpus.tokenizer import PIECE_CHARACTERS, word_counts
+from potluck.engine.nats.about import About
 from potluck.errors import PolicyError, TrainingError
 from potluck.recipe import Recipe
 from potluck.recipe.engine import Nats
@@ -21,7 +23,7 @@ from potluck.recipe.load import parse_recipe
 from potluck.recipe.part import Part, Policy
 from potluck.recipe.schema import Bpe, ModelFolder
 from potluck.recipe.updates import Eager, Streaming
-from potluck.untrusted import loads
+from potluck.untrusted import Count, ShortText, checked, loads
 
 MAX_WORD_BYTES = 64 << 20
 
@@ -45,13 +47,13 @@ class Asks:
     blobs: str
 
 
-def about_asks(facts: Mapping[str, Any]) -> tuple[Asks, Recipe]:
+def about_asks(about: About) -> tuple[Asks, Recipe]:
     """What a run is about, checked as a recipe from outside is.
 
     Raises:
         RecipeError: It is none.
     """
-    recipe = parse_recipe(dict(facts["recipe"]), "the coordinator's recipe")
+    recipe = parse_recipe(about.recipe, "the coordinator's recipe")
     match recipe.rounds.streaming:
         case Streaming():
             kinds = ["stream", "evaluate"]
@@ -63,7 +65,7 @@ def about_asks(facts: Mapping[str, Any]) -> tuple[Asks, Recipe]:
         kinds.append("words")
     if recipe.editing is not None:
         kinds += ["claims", "moments", "edit"]
-    parameters = facts.get("parameters")
+    parameters = about.parameters
     return Asks(
         recipe=recipe.name,
         rounds=recipe.rounds.count,
@@ -92,21 +94,71 @@ def refusals(asks: Asks, policy: Policy) -> list[str]:
     return found
 
 
-def check_policy(policy: Policy, fields: Mapping[str, Any], payload_bytes: int) -> None:
-    """Hold one task against the policy, before anything of it is fetched.
+class _Fields(BaseModel):
+    kind: ShortText
+    revision: Count
+    header: dict[str, str | int | float | bool]
+
+
+class _Steps(BaseModel, extra="forbid"):
+    first_step: Count
+    steps: Count
+    overlap: Count = 0
+    lost: bool = False
+
+
+class _Nothing(BaseModel, extra="forbid"):
+    pass
+
+
+_TABLES: Mapping[str, type[BaseModel]] = {
+    **dict.fromkeys(("train", "stream", "eager"), _Steps),
+    **dict.fromkeys(("evaluate", "words"), _Nothing),
+}
+
+
+@dataclass(frozen=True)
+class Request:
+    """What one task asks, typed and within the policy; whoever performs it relies on that.
+
+    Attributes:
+        parameters: Of kinds that take local steps all that they need; of `predict` and of edits what they look into
+            themselves.
+    """
+
+    kind: str
+    revision: int
+    parameters: Header
+
+
+def request_of(policy: Policy, recipe: Recipe, fields: Mapping[str, Any], payload_bytes: int) -> Request:
+    """Read one task and hold it against the policy, before anything of it is fetched: all tasks come by here.
+
+    Args:
+        recipe: The run's; no revision and no local step is beyond it.
+        fields: Of the task's message, from outside.
+        payload_bytes: Of its tensors.
 
     Raises:
-        PolicyError: It goes beyond it.
+        TrainingError: It is no task.
+        PolicyError: It goes beyond the policy.
     """
-    kind, arguments = fields.get("kind"), fields.get("header")
-    if kind not in policy.kinds:
-        raise PolicyError(f"not allowed here: a task of kind {kind!r}")
-    steps = arguments.get("steps", 0) if isinstance(arguments, dict) else 0
-    overlap = arguments.get("overlap", 0) if isinstance(arguments, dict) else 0
-    if any(type(n) is not int or n < 0 for n in (steps, overlap)) or steps + overlap > policy.max_local_steps:
+    try:
+        found = checked(_Fields, fields)
+        if found.kind not in policy.kinds:
+            raise PolicyError(f"not allowed here: a task of kind {found.kind!r}")
+        if (table := _TABLES.get(found.kind)) is not None:
+            checked(table, found.header)
+    except ValueError as error:
+        raise TrainingError(f"not a task: {error}") from None
+    first, steps, overlap = (int(found.header.get(key, 0)) for key in ("first_step", "steps", "overlap"))
+    if steps + overlap > policy.max_local_steps:
         raise PolicyError(f"not allowed here: {steps} + {overlap} local steps, at most {policy.max_local_steps}")
+    if found.revision > recipe.rounds.count or first > recipe.total_local_steps:
+        raise PolicyError(f"not allowed here: revision {found.revision}, step {first} are beyond the run")
     if payload_bytes > policy.max_bytes:
         raise PolicyError(f"not allowed here: a message of {payload_bytes} bytes, at most {policy.max_bytes}")
+    return Request(found.kind, found.revision, found.header)
 
 
 def check_size(policy: Policy, contribution: Contribution) -> None:
@@ -144,7 +196,7 @@ def local_recipe(recipe: Recipe, name: str, part: Part, shards: str) -> Recipe:
     return recipe.model_copy(update=changes)
 
 
-def words_contribution(recipe: Recipe, fields: Mapping[str, Any]) -> Contribution:
+def words_contribution(recipe: Recipe, revision: int) -> Contribution:
     """A participant's words and how often they stand in its training text, the words as a JSON list of texts.
 
     Of more words than `MAX_WORD_BYTES` hold the rarest stay out.
@@ -156,7 +208,7 @@ def words_contribution(recipe: Recipe, fields: Mapping[str, Any]) -> Contributio
         "words": torch.frombuffer(bytearray(text), dtype=torch.uint8),
         "counts": torch.tensor([counts[word] for word in words], dtype=torch.int64),
     }
-    return Contribution(kind="words", revision=int(fields["revision"]), header={"words": len(words)}, tensors=tensors)
+    return Contribution(kind="words", revision=revision, header={"words": len(words)}, tensors=tensors)
 
 
 def _listed(counts: Counter[str], most_bytes: int = MAX_WORD_BYTES) -> list[str]:

@@ -24,8 +24,9 @@ from potluck.recipe import Recipe
 from potluck.recipe.editing import Editing
 from potluck.records.events import EventLog
 from potluck.rounds.evaluation import measure_shared
-from potluck.rounds.receiving import Window, in_a_line, in_order
+from potluck.rounds.receiving import Window, in_order
 from potluck.rounds.state import SharedState
+from potluck.untrusted import in_a_line
 
 Facts = dict[str, Any]
 

@@ -31,6 +31,7 @@ from potluck.embedded import edited_maps, environment, fragments_in
 from potluck.engine.nats.coordinator import NatsEngine, Post
 from potluck.engine.nats.frames import signed
 from potluck.engine.nats.members import Members
+from potluck.engine.nats.refusals import Told
 from potluck.engine.protocol import Engine
 from potluck.errors import Interrupted, ModelError, TrainingError
 from potluck.local.network import Network, place
@@ -101,11 +102,11 @@ class Hosted:
         """Nothing: participants go back by themselves to the state that a task begins from."""
 
 
-def start_engine(recipe: Recipe, post: Post, refused: Callable[[str, str], None]) -> NatsEngine:
+def start_engine(recipe: Recipe, post: Post, refused: Told) -> NatsEngine:
     """The engine, which listens from now on.
 
     Args:
-        refused: Told of what does not come to count: whose it seems to be, and why.
+        refused: Told of what does not come to count, as by `NatsEngine`.
     """
     assert isinstance(recipe.engine, Nats)
     members = Members(post.connection, post.names, recipe.participant_names, recipe.engine.silence)
@@ -226,7 +227,7 @@ def _words(recipe: Recipe, engine: NatsEngine, stop: Callable[[], bool]) -> Coun
         try:
             total.update(words_of(reply.contribution, recipe.data.train_bytes))
         except TrainingError as error:
-            engine.refused(name, f"{error}; the tokenizer is trained without its words")
+            engine.refused(name, f"{error}; the tokenizer is trained without its words", 1)
     if not total:
         raise TrainingError("nobody's count of words could be used")
     return total
@@ -256,7 +257,7 @@ def _fitness(
 
     def unfit(name: ParticipantId, said: Mapping[str, Any]) -> str:
         holding = said.get("holding")
-        if not isinstance(holding, dict):
+        if holding is None:
             return ""
         if said.get("vocabulary") != vocabulary.content_hash or said.get("model") != layout:
             return "has another vocabulary or model"
@@ -274,14 +275,13 @@ def _fitness(
 def _clean_holding(name: str, holding: Mapping[str, Any], data: Data) -> tuple[dict[str, Any] | None, str]:
     """What a participant says it holds, or why that cannot be."""
     sizes = [f"{side}_{what}" for side in ("train", "validation") for what in ("tokens", "bytes", "documents")]
-    numbers = {key: holding.get(key) for key in sizes}
-    digest = holding.get("content_hash")
-    if not isinstance(digest, str) or any(type(n) is not int or not 0 <= n < MOST for n in numbers.values()):
+    numbers: dict[str, int] = {key: holding[key] for key in sizes}
+    if any(number >= MOST for number in numbers.values()):
         return None, "says of its text what cannot be"
     for side, cap in (("train", data.train_bytes), ("validation", data.validation_bytes)):
-        if cap is not None and numbers[f"{side}_bytes"] > cap:  # type: ignore[operator]
+        if cap is not None and numbers[f"{side}_bytes"] > cap:
             return None, f"holds {numbers[f'{side}_bytes']} bytes, data.{side}_bytes is {cap}"
-    return {"name": name, "content_hash": digest[:64], **numbers}, ""
+    return {"name": name, "content_hash": holding["content_hash"], **numbers}, ""
 
 
 def _read_holdings(path: Path) -> dict[str, dict[str, Any]]:

@@ -26,7 +26,7 @@ from typing import Any
 import torch
 
 from potluck import __version__
-from potluck.asking import Asks, about_asks, check_policy, check_size, words_contribution
+from potluck.asking import Asks, Request, about_asks, check_size, request_of, words_contribution
 from potluck.compose.base import load_base
 from potluck.compose.decoding.models import Here
 from potluck.compose.decoding.opened import same_tokens
@@ -37,9 +37,19 @@ from potluck.corpus.tokenizer import Vocabulary, vocabulary_of
 from potluck.edit.facts import usable_edits
 from potluck.edit.together.claims import read_secret
 from potluck.embedded import batches_of, environment, fragments_in, held_out_of, site_in
+from potluck.engine.nats.about import read_about
 from potluck.engine.nats.coordinator import Post
-from potluck.engine.nats.site import Received, Site, read_about
-from potluck.errors import AlreadyServed, EngineError, Interrupted, ModelError, PolicyError, PotluckError, TrainingError
+from potluck.engine.nats.site import Received, Site
+from potluck.errors import (
+    AlreadyServed,
+    Damaged,
+    EngineError,
+    Interrupted,
+    ModelError,
+    PolicyError,
+    PotluckError,
+    TrainingError,
+)
 from potluck.footprint import with_period
 from potluck.local.network import Network, device_named, place
 from potluck.local.optimizers import InnerOptimizer
@@ -126,15 +136,15 @@ def understand(post: Post, stop: Callable[[], bool]) -> tuple[Asks, Recipe, Voca
         if stop():
             raise Interrupted("before the coordinator was there")
         time.sleep(WAIT_SECONDS / 4)
-    facts, payload = about
-    asks, recipe = about_asks(facts)
-    vocabulary = None
-    if payload is not None:
-        stops = [int(token) for token in facts.get("stops", ())]
-        beginning = facts.get("beginning")
-        begun = None if beginning is None else [int(token) for token in beginning]
-        vocabulary = vocabulary_of(payload.decode(), int(facts["end_of_text"]), stops, begun)
-    return asks, recipe, vocabulary
+    said, payload = about
+    asks, recipe = about_asks(said)
+    if payload is None or said.end_of_text is None:
+        return asks, recipe, None
+    try:
+        text = payload.decode()
+    except UnicodeDecodeError:
+        raise ModelError("not a tokenizer: the run's is no text") from None
+    return asks, recipe, vocabulary_of(text, said.end_of_text, said.stops, said.beginning)
 
 
 def attend(joined: Joined) -> dict[str, Any]:
@@ -190,11 +200,23 @@ def _vocabulary(joined: Joined) -> Vocabulary | None:
             received.delivery.done()
             return None
         if received is not None:
-            with received.delivery.kept():
-                site.answer(received.name, words_contribution(joined.recipe, received.fields), "", stop)
-            received.delivery.done()
+            _counted_words(joined, received)
         if stop():
             raise Interrupted("before the run began")
+
+
+def _counted_words(joined: Joined, received: Received) -> None:
+    """Answer a task while there is no vocabulary: words can be counted, and nothing else done."""
+
+    def perform(request: Request) -> Answer:
+        if request.kind != "words":
+            raise TrainingError(f"there is no vocabulary yet to {request.kind} with")
+        return Answer(words_contribution(joined.recipe, request.revision), "")
+
+    with received.delivery.kept():
+        answer = _answer(joined, received, perform)
+        if answer is not None:
+            _send(joined, received, answer)
 
 
 def _prepare(joined: Joined, vocabulary: Vocabulary) -> tuple[Participant, LocalStore]:
@@ -251,7 +273,7 @@ def _predictor(joined: Joined, vocabulary: Vocabulary) -> Here | None:
 
 def _check_layout(joined: Joined, network: Network) -> None:
     about = read_about(joined.site.post, joined.stop)
-    theirs = about[0].get("model") if about is not None else None
+    theirs = about[0].model if about is not None else ""
     if theirs and theirs != layout_hash(network):
         hint = "the same model folder, and the same versions of potluck and transformers, are needed on both sides"
         raise PolicyError("the model here has other parameters than the coordinator's", hint)
@@ -274,7 +296,7 @@ def _serve(joined: Joined, participant: Participant, store: LocalStore) -> str:
             continue
         if received.ends:
             received.delivery.done()
-            return str(received.frame.facts.get("reason", "the run is over"))
+            return received.facts.reason or "the run is over"
         if received.fields.get("kind") in TRAINING and (why := joined.sent.over(received.name)):
             _send(joined, received, Answer(None, why))
             break
@@ -296,15 +318,9 @@ def _one_task(joined: Joined, participant: Participant, store: LocalStore, recei
     Where local steps go on while an exchange travels, the answer leaves and the next task comes behind their back.
     """
     with received.delivery.kept():
-        answer = store.answer(received.name)
+        answer = _answer(joined, received, lambda request: _kept_or_done(joined, participant, store, received, request))
         if answer is None:
-            try:
-                answer = _perform(joined, participant, store, received)
-            except EngineError as error:  # it may come again
-                joined.journal(f"task {received.name}: {error}")
-                return
-        else:
-            joined.journal(f"task {received.name} was done before; its answer is sent again")
+            return
         joined.tasks += 1
         if not participant.state.pending[1] or answer.contribution is None:
             _send(joined, received, answer)
@@ -313,6 +329,39 @@ def _one_task(joined: Joined, participant: Participant, store: LocalStore, recei
     worked = time.monotonic()
     participant.go_ahead()
     joined.work(time.monotonic() - worked, trains=True)
+
+
+def _answer(joined: Joined, received: Received, perform: Callable[[Request], Answer]) -> Answer | None:
+    """The one road of every task: it is read, held to the policy, and performed; ``None`` if it may come again.
+
+    A refusal and a failure are answers, too. So is a defect of potluck's own, which then ends this process: the task
+    is done with, and does not come again to whoever joins next.
+    """
+    try:
+        return perform(request_of(joined.policy, joined.recipe, received.fields, received.payload_bytes))
+    except (PolicyError, TrainingError, Damaged) as error:
+        joined.journal(f"task {received.name}: {error}")
+        return Answer(None, str(error))
+    except EngineError as error:
+        joined.journal(f"task {received.name}: {error}")
+        return None
+    except PotluckError:
+        raise
+    except Exception as error:
+        reason = f"a defect of potluck: {type(error).__name__}: {error}"
+        joined.site.answer(received.name, None, reason, joined.stop, "defect")
+        received.delivery.done()
+        raise
+
+
+def _kept_or_done(
+    joined: Joined, participant: Participant, store: LocalStore, received: Received, request: Request
+) -> Answer:
+    """What a task comes to, or came to before."""
+    if (answer := store.answer(received.name)) is None:
+        return _perform(joined, participant, store, received, request)
+    joined.journal(f"task {received.name} was done before; its answer is sent again")
+    return answer
 
 
 def _send(joined: Joined, received: Received, answer: Answer) -> None:
@@ -348,9 +397,9 @@ def _send_and_fetch(joined: Joined, received: Received, answer: Answer) -> Recei
         upcoming = joined.site.next(WAIT_SECONDS)
         if upcoming is None:
             continue
-        with suppress(PolicyError, EngineError), upcoming.delivery.kept():  # they show again when it is performed
+        with suppress(PolicyError, TrainingError, EngineError), upcoming.delivery.kept():  # they show again later
             if not upcoming.ends:
-                check_policy(joined.policy, upcoming.fields, upcoming.payload_bytes)
+                request_of(joined.policy, joined.recipe, upcoming.fields, upcoming.payload_bytes)
                 joined.site.fetch(upcoming, _too_late(upcoming))
         return upcoming
     return None
@@ -362,25 +411,21 @@ def _too_late(received: Received) -> Callable[[], bool]:
     return lambda: time.monotonic() > ends
 
 
-def _perform(joined: Joined, participant: Participant, store: LocalStore, received: Received) -> Answer:
-    """Do a task and keep what it came to. A failure is an answer, too; it changes nothing."""
-    fields, state = received.fields, participant.state
-    trains = fields.get("kind") in TRAINING
-    try:
-        check_policy(joined.policy, fields, received.payload_bytes)
-        task = joined.site.task(received, _too_late(received))
-        if trains and joined.done != store.last_before(task.revision):
-            _go_back(joined, participant, store, task.revision)
-        if trains:
-            joined.journal(f"round {task.revision + 1} of {joined.recipe.rounds.count}: local steps begin")
-        worked = time.monotonic()
-        joined.done = NOWHERE if trains else joined.done
-        contribution = participant.perform(task)
-        joined.work(time.monotonic() - worked, trains)
-        check_size(joined.policy, contribution)
-    except (PolicyError, TrainingError) as error:
-        joined.journal(f"task {received.name}: {error}")
-        return Answer(None, str(error))
+def _perform(
+    joined: Joined, participant: Participant, store: LocalStore, received: Received, request: Request
+) -> Answer:
+    """Do a task and keep what it came to. One that fails changes nothing."""
+    state, trains = participant.state, request.kind in TRAINING
+    task = joined.site.task(received, _too_late(received))
+    if trains and joined.done != store.last_before(task.revision):
+        _go_back(joined, participant, store, task.revision)
+    if trains:
+        joined.journal(f"round {task.revision + 1} of {joined.recipe.rounds.count}: local steps begin")
+    worked = time.monotonic()
+    joined.done = NOWHERE if trains else joined.done
+    contribution = participant.perform(task)
+    joined.work(time.monotonic() - worked, trains)
+    check_size(joined.policy, contribution)
     if task.kind in EDITING and state.shared is not None and any(not n.startswith(CHANGED) for n in task.tensors):
         store.keep_shared(state.shared, state_hash(state.shared))
     if task.kind == PREDICT or task.kind in EDITING:  # it changes nothing, and is answered again as easily

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 import time
 from collections.abc import Callable
@@ -14,12 +13,18 @@ from urllib.parse import urlsplit
 
 from rich.text import Text
 
+from potluck.engine.nats.about import participants_of
 from potluck.engine.nats.bulk import Bulk
 from potluck.engine.nats.connection import Access, Connection, access_of
+<<<<<<< HEAD
 from potluck.engine.nats.frames import read_frame
 from potluck.engine.nats.identity import Invite, load_invite, own_invite, tls_context
+=======
+from potluck.engine.nats.identity import Invite, load_invite, read_or_make_seed, tls_context
+>>>>>>> 701960c (Read every message typed and bounded; take every task by one road)
 from potluck.engine.nats.members import Members
 from potluck.engine.nats.premises import WATCHER
+from potluck.engine.nats.signs import read_progress
 from potluck.engine.nats.subjects import CHUNK_BYTES, COORDINATOR, Names
 from potluck.errors import EngineError, InviteError, PotluckError, Refused
 from potluck.terminal import results
@@ -50,7 +55,7 @@ def server_status(path: Path) -> Found:
         found = connection.last(names.direct(f"KV_{names.members}", names.member(COORDINATOR)))
         progress = _progress(found[0]) if found is not None else {}
         about = connection.last(names.direct(names.states, names.about))
-        participants = _participants(about[0], invite.coordinator) if about is not None else []
+        participants = participants_of(about[0], invite.coordinator) if about is not None else []
         members = Members(connection, names, participants, silence=_SILENCE_SECONDS)
         members.look()
         return {
@@ -101,16 +106,9 @@ def show_findings(found: Found) -> None:
 
 def _progress(data: bytes) -> dict[str, Any]:
     try:
-        found = json.loads(data)
+        return read_progress(data)
     except ValueError:
         return {}
-    return found if isinstance(found, dict) else {}
-
-
-def _participants(about: bytes, coordinator: str) -> list[str]:
-    """Names in what a run is about, signed by the coordinator."""
-    recipe = read_frame(about, coordinator).facts["recipe"]
-    return [str(table["name"]) for table in recipe["participants"]]
 
 
 def _disk(folder: Path) -> str:

@@ -126,18 +126,18 @@ class _Refusals:
     def __init__(self, journal: Journal) -> None:
         self._journal = journal
         self._run: Run | None = None
-        self._waiting: list[tuple[str, str]] = []
+        self._waiting: list[tuple[str, str, int]] = []
 
-    def add(self, who: str, why: str) -> None:
-        self._journal(f"refused: {who}: {why}", participant=who)
-        self._waiting.append((who, why[:500]))
+    def add(self, who: str, why: str, count: int) -> None:
+        self._journal(f"refused: {who}: {why}" + (f" ({count} of this kind)" if count > 1 else ""), participant=who)
+        self._waiting.append((who, why[:500], count))
         if self._run is not None:
             self.log_in(self._run)
 
     def log_in(self, run: Run) -> None:
         self._run = run
-        for who, why in self._waiting:
-            run.log.write("refused", participant=who, reason=why)
+        for who, why, count in self._waiting:
+            run.log.write("refused", participant=who, reason=why, count=count)
         self._waiting.clear()
 
 

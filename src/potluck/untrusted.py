@@ -15,7 +15,7 @@ from functools import cache
 from pathlib import Path
 from typing import Annotated, Any, NoReturn, TypeVar
 
-from pydantic import Field, TypeAdapter, ValidationError
+from pydantic import AfterValidator, Field, TypeAdapter, ValidationError
 
 MAX_BYTES = 64 << 20
 MAX_TOML_BYTES = 4 << 20
@@ -25,6 +25,7 @@ MAX_DIGITS = 20  # of 2^64
 _DOTTED = re.compile(rf"(?:[\w\"'-]+[ \t]*\.[ \t]*){{{MAX_DEPTH}}}")
 _SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
 _adapter: Any = cache(TypeAdapter)
+_MAX_LINE = 1000  # characters
 
 T = TypeVar("T")
 Count = Annotated[int, Field(ge=0, lt=2**63)]
@@ -135,6 +136,14 @@ def checked(kind: type[T], value: Any) -> T:
         raise ValueError(f"{place}: {first['msg']}" if place else first["msg"]) from None
     except RecursionError:
         raise ValueError("nested too deeply") from None
+
+
+def in_a_line(text: str) -> str:
+    """Somebody else's words as they may go into a log and onto a terminal: one short line, no control characters."""
+    return "".join(char if char.isprintable() else " " for char in text[:_MAX_LINE])
+
+
+Line = Annotated[str, AfterValidator(in_a_line)]
 
 
 def _walk(value: Any, depth: int, texts: bool) -> None:

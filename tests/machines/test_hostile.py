@@ -212,7 +212,7 @@ def test_every_attack_is_refused_with_its_reason_and_the_run_is_unharmed(world: 
     threading.Thread(target=be_hostile, daemon=True).start()
     recipe, events = parse_recipe(RECIPE), list[Event]()
     log = EventLog(tmp_path / "events.jsonl", listeners=(events.append,))
-    world.engine.refused = lambda who, why: log.write("refused", participant=who, reason=why)
+    world.engine.refused = lambda who, why, count: log.write("refused", participant=who, reason=why)
     shared = begin(recipe, torch.zeros(SIZE), (Fragment(((SIZE,),), (slice(0, SIZE),)),))
     names = recipe.participant_names
     run_rounds(recipe, names, world.engine, WeightedMean(SIZE), shared, log, lambda score: None, lambda: False)

@@ -63,7 +63,7 @@ class World:
         self.connection = self.connect(COORDINATOR)
         make_streams(self.connection, self.names, self.people, self.storage)
         self.members = Members(self.connection, self.names, self.people, self.settings.silence)
-        refused = lambda who, why: self.told.append((who, why))  # noqa: E731
+        refused = lambda who, why, count: self.told.append((who, why))  # noqa: E731
         self.engine = NatsEngine(self.post(COORDINATOR), self.members, self.settings, self.max_reply_bytes, refused)
 
     def access(self, role: str, seed: str | None = None, inbox: str | None = None) -> Access:

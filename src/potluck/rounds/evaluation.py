@@ -10,8 +10,9 @@ from potluck.contribution import Contribution, HeldOutText, Task
 from potluck.engine.protocol import Engine
 from potluck.records.events import EventLog
 from potluck.rounds.figures import wrong_evaluation
-from potluck.rounds.receiving import Window, in_a_line, in_order
+from potluck.rounds.receiving import Window, in_order
 from potluck.rounds.state import SharedState
+from potluck.untrusted import in_a_line
 
 _SUMS = {"nats", "tokens", "bytes"}
 Facts = dict[str, Any]

@@ -15,10 +15,9 @@ from potluck.engine.protocol import Engine
 from potluck.errors import TrainingError
 from potluck.rounds.figures import FIGURES, Limits, wrong_update
 from potluck.rounds.state import SharedState
+from potluck.untrusted import in_a_line
 from potluck.updates.fragments import Fragment
 from potluck.updates.links import Link, unpack
-
-_MAX_REASON = 1000  # characters that go into the event log
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -149,11 +148,6 @@ def examine(reply: Reply, shared: SharedState, asked: Asked) -> Verdict:
     if asked.link is None and start is not now:
         vector = vector + (now - start)  # the same step, from where the state is now
     return Verdict(status="ok", vector=vector, header=contribution.header, update_norm=float(norm))
-
-
-def in_a_line(reason: str) -> str:
-    """A participant's words as they may go into a log and onto a terminal: one line, no control characters."""
-    return "".join(char if char.isprintable() else " " for char in reason[:_MAX_REASON])
 
 
 def _vector(contribution: Contribution, asked: Asked) -> Tensor:

@@ -8,6 +8,7 @@ coordinator and goes into the next message about that fragment.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 
 import numpy as np
@@ -112,21 +113,42 @@ def absorb(
     size = sum(fragment.size for fragment in fragments)
     if WHOLE in tensors:
         whole = tensors[WHOLE]
-        if whole.shape != (size,):
-            raise TrainingError(f"a shared state of shape {tuple(whole.shape)} does not fit the model")
+        if whole.shape != (size,) or whole.dtype != torch.float32:
+            raise TrainingError(f"a shared state of {whole.dtype} {tuple(whole.shape)} does not fit the model")
         return whole if isinstance(table, FullDownload) and len(fragments) == 1 else whole.clone()
     if shared is None:
         raise TrainingError("no shared state has come yet")
     if isinstance(table, FullDownload):
-        for place, fragment in enumerate(fragments):
-            if (elements := tensors.get(f"fragment-{place}")) is not None:
-                fragment.put(shared, elements)
+        for place, elements in _whole_fragments(fragments, tensors).items():
+            fragments[place].put(shared, elements)
         return shared
-    for number in sorted({int(name.partition(".")[0]) for name in tensors}):
-        message = {part: tensors[f"{number}.{part}"] for part in _PARTS if f"{number}.{part}" in tensors}
+    for number, message in _by_revision(tensors):
         fragment = fragments[(number - 1) % len(fragments)]  # they take turns
         fragment.put(shared, fragment.take(shared) + _step(table, message, fragment))
     return shared
+
+
+def _whole_fragments(fragments: tuple[Fragment, ...], tensors: Mapping[str, Tensor]) -> dict[int, Tensor]:
+    """The parameters of fragments that came, by place."""
+    names = {f"fragment-{place}": place for place in range(len(fragments))}
+    for name, elements in tensors.items():
+        if name not in names or elements.dtype != torch.float32 or elements.shape != (fragments[names[name]].size,):
+            raise TrainingError(f"{name!r}, {elements.dtype} {tuple(elements.shape)}, is no fragment of the model")
+    return {names[name]: elements for name, elements in tensors.items()}
+
+
+def _by_revision(tensors: Mapping[str, Tensor]) -> list[tuple[int, Tensors]]:
+    """Messages of outer steps, which must follow one another."""
+    found: dict[int, Tensors] = {}
+    for name, tensor in tensors.items():
+        number, _, part = name.partition(".")
+        if not re.fullmatch(r"[1-9][0-9]{0,8}", number) or part not in _PARTS:
+            raise TrainingError(f"{name!r} is no part of an outer step")
+        found.setdefault(int(number), {})[part] = tensor
+    numbers = sorted(found)
+    if numbers and numbers[-1] - numbers[0] != len(numbers) - 1:
+        raise TrainingError(f"outer steps {', '.join(map(str, numbers))}: some between them did not come")
+    return [(number, found[number]) for number in numbers]
 
 
 _PARTS = ("bitmap", "values", "codes", "scales")
@@ -148,9 +170,13 @@ def _exact(step: Tensor) -> Tensors:
 def _step(table: Download, message: Tensors, fragment: Fragment) -> Tensor:
     if isinstance(table, QuantizedDownload):
         return unpack(_link(table), message, fragment.layout, 0)
-    values, bitmap = message["values"], message.get("bitmap")
+    values, bitmap = message.get("values"), message.get("bitmap")
+    if values is None or values.dtype != torch.float32 or values.ndim != 1:
+        raise TrainingError("a difference without its values")
     if bitmap is None:
         changed = torch.ones(fragment.size, dtype=torch.bool)
+    elif bitmap.dtype != torch.uint8 or bitmap.shape != (packed(fragment.size, 1),):
+        raise TrainingError("a difference whose places are not those of the model")
     else:
         changed = torch.from_numpy(np.unpackbits(bitmap.numpy(), count=fragment.size)).bool()
     if int(changed.sum()) != values.numel():

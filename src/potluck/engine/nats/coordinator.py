@@ -6,7 +6,7 @@ import json
 import queue
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, replace
@@ -26,8 +26,9 @@ from potluck.contribution import (
 )
 from potluck.engine.nats.blobs import Blobs
 from potluck.engine.nats.connection import Connection, Delivery
-from potluck.engine.nats.frames import Codec, Frame, read_frame, signed, task_name
+from potluck.engine.nats.frames import END, Codec, Frame, ReplyFacts, facts_of, read_frame, signed, task_name
 from potluck.engine.nats.members import Members
+from potluck.engine.nats.refusals import Refusals, Told, refusal
 from potluck.engine.nats.states import States
 from potluck.engine.nats.subjects import COORDINATOR, Names, participant_of
 from potluck.engine.protocol import Tasks
@@ -37,10 +38,9 @@ from potluck.recipe.engine import Nats
 if TYPE_CHECKING:
     from torch import Tensor
 
-END = "end"
 LEAVE_SECONDS = 2.0  # what was sent before a goodbye has come by then
 Key = tuple[ParticipantId, str]
-Told = Callable[[ParticipantId, str], None]
+SERVER = "the server"
 
 
 @dataclass(frozen=True)
@@ -82,7 +82,8 @@ class NatsEngine:
         post: Connection, keys, blobs.
         settings: The recipe's engine table.
         max_reply_bytes: No reply of the run is larger; one that announces more is refused unread.
-        refused: Told of what did not come to count: whose it seemed to be, and why. Called by ``receive``.
+        refused: Told of what did not come to count: whose it seemed to be, why, and how often that was by now, at the
+            first, the tenth, the hundredth time. Called by ``receive``.
     """
 
     remote = True
@@ -92,7 +93,9 @@ class NatsEngine:
         self.max_reply_bytes, self.refused = max_reply_bytes, refused
         self._began, self._count = time.monotonic(), 0
         self._lock, self._over = threading.Lock(), threading.Event()
-        self._inbox: queue.Queue[Reply | PotluckError | tuple[ParticipantId, str]] = queue.Queue()
+        self._inbox: queue.Queue[Reply | PotluckError | tuple[ParticipantId, str, int]] = queue.Queue()
+        self._refusals = Refusals(lambda *told: self._inbox.put(told))
+        members.refused = self._refusals.add
         self._under_way: dict[Key, _Sent] = {}
         self.progress: dict[str, Any] = {}
         self._early: dict[ParticipantId, tuple[str, Frame]] = {}
@@ -101,7 +104,7 @@ class NatsEngine:
         self._open: set[TaskId] = set()  # sent, and their reply neither received nor cancelled
         self._places: dict[TaskId, int] = {}  # of tasks in their stream
         self._helpers = ThreadPoolExecutor(min(64, len(members.of) + 2), "potluck-helper")
-        self._states = States(post.blobs, self._helpers, self._over.is_set, self._inbox.put)
+        self._states = States(post.blobs, self._helpers, self._over.is_set, self._inbox.put, self._refusals.add)
         self._forget_tasks(post.names.task("*"))  # of an earlier session; they are asked again
         for name in members.of:
             post.blobs.drop(name, "0" * 64)  # what a doctor measured with
@@ -212,13 +215,13 @@ class NatsEngine:
             self._post.connection.api(f"STREAM.MSG.DELETE.{self._post.names.tasks}", which, patience=5.0)
         except EngineError as error:
             if "no message found" not in str(error):  # it was acknowledged in the meantime
-                self._inbox.put(("the server", f"an old task could not be taken back: {error}"))
+                self._refusals.add(SERVER, f"an old task could not be taken back: {error}")
 
     def _forget_tasks(self, subject: str) -> None:
         try:
             self._post.connection.api(f"STREAM.PURGE.{self._post.names.tasks}", {"filter": subject}, patience=5.0)
         except EngineError as error:
-            self._inbox.put(("the server", f"an old task could not be taken back: {error}"))
+            self._refusals.add(SERVER, f"an old task could not be taken back: {error}")
 
     def saved(self, shelf: Shelf) -> Fields:
         """How many tasks were sent; all else is with the participants and at the server."""
@@ -268,7 +271,7 @@ class NatsEngine:
                 if (delivery := self._post.connection.take(asked, 2.0)) is not None:
                     self._sort(delivery)
             except PotluckError as error:
-                self._inbox.put(("the server", str(error)))
+                self._refusals.add(SERVER, str(error))
                 time.sleep(1.0)
 
     def _sort(self, delivery: Delivery) -> None:
@@ -276,9 +279,9 @@ class NatsEngine:
         name = participant_of(delivery.subject)
         try:
             frame = read_frame(delivery.data, self._post.keys.get(name, ""))
-            task = self._expected(name, frame.facts)
-        except EngineError as error:
-            self._inbox.put((name, str(error)))
+            task = self._expected(name, frame)
+        except Exception as error:  # whatever a message does to its reader, it ends here
+            self._refusals.add(name, refusal(error))
             delivery.done()
             return
         delivery.done()
@@ -289,18 +292,19 @@ class NatsEngine:
         if (
             again and sent is None
         ):  # else its blob is being fetched: the participant was interrupted, and sends it again
-            self._inbox.put((name, f"replay: task {task} was answered before, or is over"))
+            self._refusals.add(name, f"replay: task {task} was answered before, or is over")
             if frame.blob is not None:
                 self._helpers.submit(self._drop, name, frame.blob[0])
         elif sent is not None and not again:
             self._take_in(frame, sent)
 
-    def _expected(self, name: ParticipantId, facts: Mapping[str, Any]) -> str:
-        if facts.get("run") != self._post.names.run:
+    def _expected(self, name: ParticipantId, frame: Frame) -> str:
+        facts = facts_of(ReplyFacts, frame)
+        if facts.run != self._post.names.run:
             raise EngineError("a reply of another run")
-        if facts.get("from") != name or not isinstance(facts.get("task"), str):
+        if facts.sender != name:
             raise EngineError("a reply that says it is somebody else's")
-        return str(facts["task"])
+        return facts.task
 
     def _take_in(self, frame: Frame, sent: _Sent) -> None:
         """Fetch what belongs to a reply, then let it count once."""
@@ -319,23 +323,21 @@ class NatsEngine:
             give_up = lambda: self._over.is_set() or self.now() > sent.ends or not self._awaited(sent)  # noqa: E731
             self._post.blobs.get(sent.to, digest, size, path, give_up)
             reply = self._reply(frame, sent, path)
-        except PotluckError as error:
-            reply = self._failed(sent, "rejected", str(error))
-        except Exception as error:  # a defect here must not leave the round without an answer
-            reply = self._failed(sent, "rejected", f"{type(error).__name__}: {error}")
+        except Exception as error:  # whatever a message does to its reader, it ends here
+            reply = self._failed(sent, "rejected", refusal(error))
         finally:
             path.unlink(missing_ok=True)  # what is mapped stays until it is let go
         self._finish(sent, reply)
         self._drop(sent.to, digest)
 
     def _reply(self, frame: Frame, sent: _Sent, payload: bytes | Path | None) -> Reply:
-        status, up_bytes = frame.facts.get("status"), frame.size + (frame.blob[1] if frame.blob else 0)
-        if status != "ok":
-            return replace(self._failed(sent, "failed", str(frame.facts.get("reason", ""))), up_bytes=up_bytes)
+        facts, up_bytes = facts_of(ReplyFacts, frame), frame.size + (frame.blob[1] if frame.blob else 0)
+        if facts.status != "ok":
+            return replace(self._failed(sent, "failed", facts.reason), up_bytes=up_bytes)
         try:
-            contribution = self._post.codec.unpack(frame.facts.get("message"), payload)
-        except PotluckError as error:
-            return replace(self._failed(sent, "rejected", str(error)), up_bytes=up_bytes)
+            contribution = self._post.codec.unpack(facts.message, payload)
+        except Exception as error:  # whatever a message does to its reader, it ends here
+            return replace(self._failed(sent, "rejected", refusal(error)), up_bytes=up_bytes)
         if not isinstance(contribution, Contribution):
             return self._failed(sent, "rejected", "a task where a contribution was asked for")
         done = replace(self._failed(sent, "failed", ""), status="ok", contribution=contribution, up_bytes=up_bytes)
@@ -377,7 +379,7 @@ class NatsEngine:
         try:
             self._post.blobs.drop(owner, digest)
         except PotluckError as error:
-            self._inbox.put((owner or COORDINATOR, f"a blob could not be dropped: {error}"))
+            self._refusals.add(owner or COORDINATOR, f"a blob could not be dropped: {error}")
 
     def _watch(self) -> None:
         """Look for signs of life; whoever says that it leaves takes its open tasks with it."""
@@ -390,7 +392,7 @@ class NatsEngine:
                 gone = [sent for (name, _), sent in self._under_way.items() if self.members.gone(name, LEAVE_SECONDS)]
             for name in self.members.contested() - self._contested:
                 self._contested.add(name)
-                self._inbox.put((name, "another process with the same invite tried to take part, and was refused"))
+                self._refusals.add(name, "another process with the same invite tried to take part, and was refused")
             for sent in gone:
                 self._forget_tasks(self._post.names.task(sent.to))  # when it comes back, the next round is its first
                 with self._lock:

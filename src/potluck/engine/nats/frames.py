@@ -15,13 +15,18 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Annotated, Any, Literal, Protocol, TypeVar
 
-from potluck.contribution import Contribution, Fields, Packed, Task
+from pydantic import BaseModel, Field
+
+from potluck.contribution import Contribution, Packed, Task
 from potluck.engine.nats.identity import SIGNATURE_BYTES, sign, signed_by
 from potluck.errors import EngineError
+from potluck.untrusted import Count, Digest, Line, ShortText, checked, loads
 
 MAX_FACTS_BYTES = 1 << 20
+END = "end"  # the name of the task that says that the run is over
+Facts = TypeVar("Facts", bound=BaseModel)
 
 
 class Codec(Protocol):
@@ -59,6 +64,46 @@ class Frame:
         return None if named is None or self.payload is not None else named
 
 
+class TaskFacts(BaseModel):
+    """What a frame with a task says: whose it is, and by when; its message has kind, revision, arguments."""
+
+    run: str
+    to: str
+    task: ShortText
+    state: ShortText = ""
+    seconds: Annotated[float, Field(ge=0, allow_inf_nan=False)] | None = None
+    reason: Line = ""
+    message: dict[str, Any] = {}
+
+
+class ReplyFacts(BaseModel):
+    """What a frame with a reply says; ``defect`` is a failure that is potluck's own."""
+
+    run: str
+    sender: Annotated[str, Field(alias="from")]
+    task: ShortText
+    status: Literal["ok", "failed", "defect"]
+    reason: Line = ""
+    message: dict[str, Any] = {}
+
+
+class _Payload(BaseModel):
+    bytes: Count
+    sha256: Digest
+
+
+def facts_of(kind: type[Facts], frame: Frame) -> Facts:
+    """A frame's facts, typed.
+
+    Raises:
+        EngineError: They are others.
+    """
+    try:
+        return checked(kind, frame.facts)
+    except ValueError as error:
+        raise EngineError(f"garbage: {error}") from None
+
+
 def signed(seed: str, facts: Mapping[str, Any], payload: bytes = b"") -> bytes:
     """A frame as bytes."""
     text = json.dumps(facts, separators=(",", ":"), sort_keys=True, allow_nan=False).encode()
@@ -79,10 +124,10 @@ def read_frame(data: bytes, public: str) -> Frame:
     if not signed_by(public, data[SIGNATURE_BYTES:end], data[:SIGNATURE_BYTES]):
         raise EngineError("a signature that is not its sender's")
     try:
-        facts = json.loads(data[start:end])
+        facts = checked(dict[str, Any], loads(data[start:end], most_bytes=MAX_FACTS_BYTES))
         named = payload_of(facts)
-    except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
-        raise EngineError("garbage: a frame that is not JSON as it should be") from None
+    except ValueError as error:
+        raise EngineError(f"garbage: a frame that is not as it should be: {error}") from None
     payload = data[end:]
     if not payload:
         return Frame(facts, None, len(data))
@@ -99,15 +144,11 @@ def payload_of(facts: Mapping[str, Any]) -> tuple[str, int] | None:
     Raises:
         ValueError: They are not a hash and a size.
     """
-    if not isinstance(facts, dict):
-        raise ValueError("a frame is an object")
-    message: Fields | None = facts.get("message")
-    if not message or not message.get("payload"):
+    message = checked(dict[str, Any], facts.get("message", {}))
+    if "payload" not in message:
         return None
-    digest, size = message["payload"]["sha256"], message["payload"]["bytes"]
-    if type(size) is not int or size < 0 or not isinstance(digest, str) or len(digest) != 64 or not digest.isalnum():
-        raise ValueError("a payload without hash and size")
-    return digest, size
+    named = checked(_Payload, message["payload"])
+    return named.sha256, named.bytes
 
 
 def task_name(task: Task) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
@@ -12,7 +11,9 @@ from typing import Any, Literal
 from potluck.contribution import HeldOutText, ParticipantId
 from potluck.engine.nats.claim import REFUSED
 from potluck.engine.nats.connection import Connection
+from potluck.engine.nats.signs import read_sign
 from potluck.engine.nats.subjects import Names
+from potluck.untrusted import in_a_line
 
 Presence = Literal["absent", "reading", "ready", "working", "left", "silent"]
 _SAID = ("reading", "ready", "working", "left")
@@ -24,12 +25,14 @@ class Member:
 
     Attributes:
         said: Its last sign of life: ``status``, ``session``, ``holding``, ``task`` and other facts.
-        revision: Of its value; one that does not grow is no sign of life.
-        seen: When it last grew, on our monotonic clock: participants' clocks may be wrong.
+        revision: Of its value; one that stays is no sign of life.
+        unread: Revision of one that could not be read.
+        seen: When it last changed, on our monotonic clock: participants' clocks may be wrong.
     """
 
     said: Mapping[str, Any] = field(default_factory=dict)
     revision: int = 0
+    unread: int = 0
     seen: float = float("-inf")
 
     def presence(self, now: float, silence: float) -> Presence:
@@ -48,12 +51,14 @@ class Members:
     Attributes:
         unfit: Why one that is there cannot take part, from what it says of itself; empty if it can.
         holds: Tokens of training text with which one first joined.
+        refused: Told of what was no sign of life: whose it seems to be, and why.
     """
 
     def __init__(self, connection: Connection, names: Names, participants: Iterable[ParticipantId], silence: float):
         self._connection, self._names, self._silence = connection, names, silence
         self.unfit: Callable[[ParticipantId, Mapping[str, Any]], str] = lambda name, said: ""
         self.holds: Callable[[ParticipantId], int] = lambda name: 0
+        self.refused: Callable[[ParticipantId, str], None] = lambda name, why: None
         self.of = {name: Member() for name in participants}
 
     def look(self) -> None:
@@ -69,13 +74,15 @@ class Members:
                 continue
             data, headers = found
             revision = int(headers.get("Nats-Sequence", 0))
-            if revision <= member.revision:
+            if revision in (member.revision, member.unread):  # of a store that was lost they begin anew
                 continue
             try:
-                said = json.loads(data)
-            except (ValueError, RecursionError):
+                said = read_sign(data)
+            except Exception as error:  # whatever a message does to its reader, it ends here
+                member.unread = revision
+                self.refused(name, f"no sign of life: {in_a_line(str(error))}")
                 continue
-            if isinstance(said, dict) and said.get("status") != REFUSED:  # of a process that may not serve
+            if said["status"] != REFUSED:  # of a process that may not serve
                 age = 0.0 if member.revision else _age(headers.get("Nats-Time-Stamp", ""))
                 member.said, member.revision, member.seen = said, revision, time.monotonic() - age
 
@@ -109,17 +116,14 @@ class Members:
     def held_out(self, name: ParticipantId) -> HeldOutText | None:
         """How much text a participant says it holds out; ``None`` if it does not say."""
         holding = self.of[name].said.get("holding")
-        if not isinstance(holding, dict):
-            return None
-        tokens, size = holding.get("validation_tokens"), holding.get("validation_bytes")
-        return HeldOutText(tokens - 1, size) if type(tokens) is int and type(size) is int else None
+        return None if holding is None else HeldOutText(holding["validation_tokens"] - 1, holding["validation_bytes"])
 
     def facts(self, name: ParticipantId) -> dict[str, Any]:
         """What ``potluck status`` shows of one."""
         member = self.of[name]
         ago = time.monotonic() - member.seen
         seen = None if ago == float("inf") else round(ago, 1)
-        return {"presence": self.presence(name), "seen_seconds_ago": seen, **member.said}
+        return {**member.said, "presence": self.presence(name), "seen_seconds_ago": seen}
 
 
 def _age(stamp: str) -> float:

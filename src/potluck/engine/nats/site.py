@@ -7,19 +7,20 @@ import threading
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from potluck.contribution import Contribution, Packed, Task
 from potluck.engine.nats.claim import Claim
 from potluck.engine.nats.connection import Delivery
-from potluck.engine.nats.coordinator import END, Post
-from potluck.engine.nats.frames import Frame, read_frame, signed
+from potluck.engine.nats.coordinator import Post
+from potluck.engine.nats.frames import END, Frame, TaskFacts, facts_of, payload_of, read_frame, signed
+from potluck.engine.nats.refusals import Refusals, refusal
 from potluck.engine.nats.subjects import COORDINATOR, token
-from potluck.errors import AlreadyServed, EngineError, PotluckError
+from potluck.errors import AlreadyServed, Damaged, EngineError, PotluckError
 from potluck.files import without_folders
 from potluck.recipe.engine import Nats
+from potluck.untrusted import in_a_line
 
-MAX_VOCABULARY_BYTES = 1 << 27
 Leaving = Callable[[str, Contribution | None, int, str], None]
 
 
@@ -28,31 +29,33 @@ class Received:
     """A task as it came.
 
     Attributes:
-        name: The name under which it counts once.
-        fields: Of its message, before its payload is fetched: kind, revision, parameters.
-        seconds: How long an answer is waited for; ``None`` is for ever.
-        payload_bytes: What must be fetched, or came along.
+        facts: What its frame says; of the message kind, revision and arguments, before its payload is fetched.
     """
 
     delivery: Delivery
     frame: Frame
-    name: str
+    facts: TaskFacts
+
+    @property
+    def name(self) -> str:
+        """The name under which it counts once."""
+        return self.facts.task
 
     @property
     def fields(self) -> Mapping[str, Any]:
         """What it says beside its tensors."""
-        return self.frame.facts["message"]  # type: ignore[no-any-return]
+        return self.facts.message
 
     @property
     def seconds(self) -> float | None:
-        """How long an answer is waited for."""
-        return self.frame.facts.get("seconds")
+        """How long an answer is waited for; ``None`` is for ever."""
+        return self.facts.seconds
 
     @property
     def payload_bytes(self) -> int:
         """Size of its tensors as sent."""
-        named = self.fields.get("payload")
-        return int(named["bytes"]) if named else 0
+        named = payload_of(self.frame.facts)
+        return 0 if named is None else named[1]
 
     @property
     def ends(self) -> bool:
@@ -90,6 +93,7 @@ class Site:
         self._leaving = leaving
         self.post, self.name, self._settings, self._told = post, name, settings, told
         self._said: dict[str, Any] = {}
+        self._refusals = Refusals(lambda who, why, count: told(f"refused ({count}): {why}"))
         self._claim = Claim(post.connection, post.names, name, session, settings.silence)
         self._claim.make(stop, told)
         self._over = threading.Event()
@@ -120,14 +124,14 @@ class Site:
             return None
         try:
             frame = read_frame(delivery.data, self.post.keys[COORDINATOR])
-            facts = frame.facts
-            if facts.get("run") != names.run or facts.get("to") != self.name or not isinstance(facts.get("task"), str):
+            facts = facts_of(TaskFacts, frame)
+            if facts.run != names.run or facts.to != self.name:
                 raise EngineError("a task of another run, or for somebody else")
-        except EngineError as error:
-            self._told(f"refused: {error}")
+        except Exception as error:  # whatever a message does to its reader, it ends here
+            self._refusals.add(COORDINATOR, refusal(error))
             delivery.done()
             return None
-        return Received(delivery, frame, facts["task"])
+        return Received(delivery, frame, facts)
 
     def fetch(self, received: Received, give_up: Callable[[], bool]) -> bytes | Path | None:
         """A task's tensors: what came along, or a file of what was fetched, if it is not there yet.
@@ -155,11 +159,21 @@ class Site:
         """
         message = self.post.codec.unpack(received.fields, self.fetch(received, give_up))
         if not isinstance(message, Task):
-            raise EngineError("a contribution where a task should be")
-        return replace(message, state=str(received.frame.facts.get("state", "")), seconds=received.seconds)
+            raise Damaged("a contribution where a task should be")
+        return replace(message, state=received.facts.state, seconds=received.seconds)
 
-    def answer(self, name: str, contribution: Contribution | None, reason: str, give_up: Callable[[], bool]) -> None:
+    def answer(
+        self,
+        name: str,
+        contribution: Contribution | None,
+        reason: str,
+        give_up: Callable[[], bool],
+        status: Literal["failed", "defect"] = "failed",
+    ) -> None:
         """Send the answer to a task: a contribution, or why there is none.
+
+        Args:
+            status: Of an answer without a contribution.
 
         Raises:
             StorageError: The server's store stayed full.
@@ -169,7 +183,7 @@ class Site:
         post = self.post
         facts: dict[str, Any] = {"run": post.names.run, "task": name, "from": self.name}
         if contribution is None:
-            frame = signed(post.seed, {**facts, "status": "failed", "reason": without_folders(reason)})
+            frame = signed(post.seed, {**facts, "status": status, "reason": in_a_line(without_folders(reason))})
             self._leaving(name, None, len(frame), hashlib.sha256(frame).hexdigest())
         else:
             packed: Packed = post.codec.pack(contribution)
@@ -210,25 +224,3 @@ class Site:
                 self.sign_of_life()
             except PotluckError:
                 continue  # the connection says itself that the server is away
-
-
-def read_about(post: Post, give_up: Callable[[], bool]) -> tuple[Mapping[str, Any], bytes | None] | None:
-    """What the run is about, signed by the coordinator, and the vocabulary; ``None`` if that is not there yet.
-
-    Raises:
-        EngineError: The server is away, or it is not what the coordinator signed.
-    """
-    found = post.connection.last(post.names.direct(post.names.states, post.names.about))
-    if found is None:
-        return None
-    frame = read_frame(found[0], post.keys[COORDINATOR])
-    if frame.facts.get("run") != post.names.run:
-        raise EngineError("the server tells of another run")
-    if frame.blob is None:
-        return frame.facts, frame.payload
-    digest, size = frame.blob
-    if size > MAX_VOCABULARY_BYTES:
-        raise EngineError(f"a vocabulary of {size} bytes")
-    path = post.folder / f"about-{digest}"
-    post.blobs.get(None, digest, size, path, give_up)
-    return frame.facts, path.read_bytes()

@@ -11,8 +11,6 @@ from potluck.engine.nats.blobs import Blobs
 from potluck.engine.nats.subjects import COORDINATOR
 from potluck.errors import PotluckError
 
-Said = PotluckError | tuple[ParticipantId, str]
-
 
 class States:
     """Which states tasks under way need.
@@ -21,10 +19,18 @@ class States:
         helpers: Where blobs are stored and dropped.
         over: Whether the engine is closed.
         said: Told what stands in the way of a state: it ends the exchange.
+        refused: Told what the server did not do, which ends nothing.
     """
 
-    def __init__(self, blobs: Blobs, helpers: Executor, over: Callable[[], bool], said: Callable[[Said], None]) -> None:
-        self._blobs, self._helpers, self._over, self._said = blobs, helpers, over, said
+    def __init__(
+        self,
+        blobs: Blobs,
+        helpers: Executor,
+        over: Callable[[], bool],
+        said: Callable[[PotluckError], None],
+        refused: Callable[[ParticipantId, str], None],
+    ) -> None:
+        self._blobs, self._helpers, self._over, self._said, self._refused = blobs, helpers, over, said, refused
         self._lock = threading.Lock()
         self._tasks: dict[str, set[TaskId]] = {}  # what needs each state
         self._stored: set[str] = set()  # states that are there, or on their way
@@ -70,4 +76,4 @@ class States:
         try:
             self._blobs.drop(None, digest)
         except PotluckError as error:
-            self._said((COORDINATOR, f"a blob could not be dropped: {error}"))
+            self._refused(COORDINATOR, f"a blob could not be dropped: {error}")
