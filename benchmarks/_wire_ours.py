@@ -12,20 +12,24 @@ import json
 import os
 import sys
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from benchmarks.peers._wire import Processes, Report, free_port, measure, read_json, write_json
 from potluck.contribution import Contribution, Packed, Task
 from potluck.engine.nats.blobs import JetStreamBlobs
+from potluck.engine.nats.claim import Claim
 from potluck.engine.nats.connection import Connection, access_of
-from potluck.engine.nats.coordinator import NatsEngine, Post
+from potluck.engine.nats.coordinator import NatsEngine
 from potluck.engine.nats.identity import load_invite
 from potluck.engine.nats.members import Members
+from potluck.engine.nats.post import Post
 from potluck.engine.nats.premises import Place, open_premises
+from potluck.engine.nats.presence import Presence
 from potluck.engine.nats.server import Server
 from potluck.engine.nats.site import Site
-from potluck.engine.nats.streams import make_streams
+from potluck.engine.nats.streams import make_streams, mend_streams
 from potluck.engine.nats.subjects import COORDINATOR, Names
 from potluck.recipe.engine import Nats
 from potluck.updates.framing import fields_of
@@ -61,12 +65,16 @@ def coordinate(settings: dict[str, Any]) -> None:
     server.start()
     connection = Connection(premises.access())
     connection.open(20)
-    make_streams(connection, premises.names, people, STORAGE)
+    store = (connection, premises.names, people, STORAGE)
+    make_streams(*store)
+    claim = Claim(connection, premises.names, COORDINATOR, "", 60.0)
+    claim.make(lambda: False, print)
+    presence, mend = Presence(connection, premises.names, claim), partial(mend_streams, *store)
     blobs = JetStreamBlobs(connection, premises.names)
     codec = _codec(settings)
     post = Post(connection, premises.names, premises.seed, premises.keys, blobs, codec, folder / "incoming")
     members = Members(connection, premises.names, people, 60.0)
-    engine = NatsEngine(post, members, Nats(), 1 << 40, lambda who, why: print("refused", who, why, flush=True))
+    engine = NatsEngine(post, members, Nats(), 1 << 40, partial(print, "refused", flush=True), presence, mend)
     (folder / "ready").touch()
     while any(members.presence(name) != "ready" for name in people):
         time.sleep(0.05)

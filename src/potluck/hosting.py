@@ -28,9 +28,12 @@ from potluck.corpus.tokenizer import (
 from potluck.edit.together.maps import Maps
 from potluck.edit.together.sums import message_bytes
 from potluck.embedded import edited_maps, environment, fragments_in
-from potluck.engine.nats.coordinator import NatsEngine, Post
+from potluck.engine.nats.claim import Claim
+from potluck.engine.nats.coordinator import NatsEngine
 from potluck.engine.nats.frames import signed
 from potluck.engine.nats.members import Members
+from potluck.engine.nats.post import Post
+from potluck.engine.nats.presence import Presence
 from potluck.engine.nats.refusals import Told
 from potluck.engine.protocol import Engine
 from potluck.errors import Interrupted, ModelError, TrainingError
@@ -102,17 +105,18 @@ class Hosted:
         """Nothing: participants go back by themselves to the state that a task begins from."""
 
 
-def start_engine(recipe: Recipe, post: Post, refused: Told) -> NatsEngine:
+def start_engine(recipe: Recipe, post: Post, refused: Told, claim: Claim, mend: Callable[[], list[str]]) -> NatsEngine:
     """The engine, which listens from now on.
 
     Args:
-        refused: Told of what does not come to count, as by `NatsEngine`.
+        refused, mend: As of `NatsEngine`.
+        claim: The right to coordinate this run.
     """
     assert isinstance(recipe.engine, Nats)
     members = Members(post.connection, post.names, recipe.participant_names, recipe.engine.silence)
-    engine = NatsEngine(post, members, recipe.engine, 2 * MAX_WORD_BYTES, refused)
-    engine.progress["rounds"] = recipe.rounds.count
-    return engine
+    presence = Presence(post.connection, post.names, claim)
+    presence.progress["rounds"] = recipe.rounds.count
+    return NatsEngine(post, members, recipe.engine, 2 * MAX_WORD_BYTES, refused, presence, mend)
 
 
 def gather(
@@ -128,7 +132,7 @@ def gather(
     assert isinstance(recipe.engine, Nats)
     members = engine.members
     if not (folder / "tokenizer").exists():  # a run that goes on has said more already
-        say_about(post, recipe, None, None)
+        say_about(engine, post, recipe, None, None)
     vocabulary = _vocabulary(recipe, engine, folder, journal, stop)
     network = place(build_model(recipe.model, vocabulary.size, vocabulary.end_of_text, recipe.seed), recipe.compute)
     fragments = fragments_in(network, recipe)
@@ -136,7 +140,7 @@ def gather(
     edited = edited_maps(network, recipe)
     statistics = 0 if recipe.editing is None else message_bytes(edited, recipe.editing)
     engine.max_reply_bytes = max(statistics, *map(messages.update, range(len(fragments)))) + _HEADROOM
-    say_about(post, recipe, vocabulary, network)
+    say_about(engine, post, recipe, vocabulary, network, stop)
     holdings = folder / "host" / "holdings.json"
     members.unfit = _fitness(holdings, vocabulary, layout_hash(network), recipe.data)
     members.holds = lambda name: _read_holdings(holdings).get(name, {}).get("train_tokens", 0)
@@ -157,7 +161,14 @@ def gather(
     return hosted
 
 
-def say_about(post: Post, recipe: Recipe, vocabulary: Vocabulary | None, network: Network | None) -> None:
+def say_about(
+    engine: NatsEngine,
+    post: Post,
+    recipe: Recipe,
+    vocabulary: Vocabulary | None,
+    network: Network | None,
+    stop: Callable[[], bool] = lambda: False,
+) -> None:
     """Tell participants what the run is: recipe without anybody's sources or paths, vocabulary, the model's layout."""
     bare = recipe.model_copy(
         update={
@@ -180,9 +191,9 @@ def say_about(post: Post, recipe: Recipe, vocabulary: Vocabulary | None, network
             "message": {"payload": named},
         }
         if len(payload) > recipe.engine.inline_bytes:  # type: ignore[union-attr]
-            post.blobs.put(None, named["sha256"], [memoryview(payload)], lambda: False)
+            post.blobs.put(None, named["sha256"], [memoryview(payload)], stop)
             payload = b""
-    post.connection.store(post.names.about, signed(post.seed, facts, payload))
+    engine.presence.tell_about(signed(post.seed, facts, payload))
 
 
 def packed_text(payload: bytes) -> dict[str, Any]:

@@ -38,7 +38,7 @@ from potluck.edit.facts import usable_edits
 from potluck.edit.together.claims import read_secret
 from potluck.embedded import batches_of, environment, fragments_in, held_out_of, site_in
 from potluck.engine.nats.about import read_about
-from potluck.engine.nats.coordinator import Post
+from potluck.engine.nats.post import Post
 from potluck.engine.nats.site import Received, Site
 from potluck.errors import (
     AlreadyServed,

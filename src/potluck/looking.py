@@ -174,7 +174,7 @@ def _clock(connection: Connection, names: Names, name: str) -> str:
     """When the server says that it stored something just now."""
     subject = names.upload(name, f"{'0' * 64}.0")
     connection.store(subject, b"now", patience=5.0)
-    found = connection.last(names.direct(names.uploads, subject), patience=5.0)
+    found = connection.last(names.direct(names.uploads(name), subject), patience=5.0)
     if found is None:
         raise EngineError("what was stored a moment ago is not there")
     stamp = datetime.fromisoformat(f"{found[1]['Nats-Time-Stamp'][:19]}+00:00")

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,16 +15,16 @@ from potluck.asking import Asks, local_recipe, refusals
 from potluck.commands import close_run, resumable
 from potluck.engine.nats.addresses import server_url
 from potluck.engine.nats.blobs import Blobs, JetStreamBlobs
-from potluck.engine.nats.claim import session_of
+from potluck.engine.nats.claim import Claim, session_of
 from potluck.engine.nats.connection import Access, Connection, access_of
-from potluck.engine.nats.coordinator import Post
 from potluck.engine.nats.identity import Invite, own_invite, public_key, read_or_make_seed
+from potluck.engine.nats.post import Post
 from potluck.engine.nats.premises import Place, Premises, open_premises
 from potluck.engine.nats.server import Server
 from potluck.engine.nats.site import Site
-from potluck.engine.nats.streams import make_streams
+from potluck.engine.nats.streams import make_streams, mend_streams
 from potluck.engine.nats.subjects import COORDINATOR, Names
-from potluck.errors import InviteError, PolicyError, RunFolderError, StorageError
+from potluck.errors import EngineError, InviteError, PolicyError, Refused, RunFolderError, StorageError
 from potluck.hosting import gather, start_engine
 from potluck.joining import Joined, attend, understand
 from potluck.participant import EDITING
@@ -89,16 +90,21 @@ def _hosted(
     """Everything between the first key and the last goodbye."""
     storage = _storage(recipe)
     with ExitStack() as left:
-        left.enter_context(_server(premises, storage, journal))
+        server = left.enter_context(_server(premises, storage, journal))
         connection = left.enter_context(_connected(premises.access(), journal))
         assert isinstance(recipe.engine, Nats)
-        make_streams(connection, premises.names, premises.participants, storage, recipe.engine.replicas)
+        store = (connection, premises.names, premises.participants, storage, recipe.engine.replicas)
+        _make_streams(store, server)
+        claim = Claim(connection, premises.names, COORDINATOR, session_of(folder / "host"), recipe.engine.silence)
+        claim.make(stopping, journal)
         blobs = _blobs(recipe, connection, premises.names, journal)
         folder_in = folder / "host" / "incoming"
         post = Post(connection, premises.names, premises.seed, premises.keys, blobs, codec, folder_in)
         _tell_how_to_join(premises, recipe, console)
         refusals = _Refusals(journal)
-        engine = left.enter_context(closing(start_engine(recipe, post, refusals.add)))
+        engine = left.enter_context(
+            closing(start_engine(recipe, post, refusals.add, claim, partial(mend_streams, *store)))
+        )
         hosted = gather(recipe, engine, post, folder, journal, stopping)
         checkpoint = newest_checkpoint(folder)
         past = history(folder, checkpoint)
@@ -111,13 +117,31 @@ def _hosted(
                 variant,
                 folder,
                 recipe,
-                (listener, engine.take_event),
+                (listener, engine.presence.take_event),
                 checkpoint,
             )
             del checkpoint, past
             refusals.log_in(run)
             run.finish(stopping)
             engine.end("the run is finished", END_SECONDS)
+
+
+def _make_streams(store: tuple[Connection, Names, Sequence[str], int, int], server: Server | None) -> None:
+    """The run's streams; a server of ours whose store does not let them be made gets a new one.
+
+    Raises:
+        StorageError: There is too little room for them.
+        EngineError: A server that is not ours does not make them.
+    """
+    try:
+        make_streams(*store)
+    except (StorageError, Refused):
+        raise
+    except EngineError as error:
+        if server is None:
+            raise
+        server.start_anew(str(error))
+        make_streams(*store)
 
 
 class _Refusals:
@@ -290,7 +314,7 @@ def _blobs(recipe: Recipe, connection: Connection, names: Names, journal: Callab
 
 
 @contextmanager
-def _server(premises: Premises, storage: int, journal: Journal) -> Iterator[None]:
+def _server(premises: Premises, storage: int, journal: Journal) -> Iterator[Server | None]:
     """A server of our own while the run is on, or somebody else's."""
     if premises.place.url:
         from potluck.engine.nats.server import users_config
@@ -298,12 +322,12 @@ def _server(premises: Premises, storage: int, journal: Journal) -> Iterator[None
         path = premises.folder / "users.conf"
         path.write_text(users_config(premises.users))
         journal(f"the users that {premises.place.url} must know: {path}")
-        yield
+        yield None
         return
     server = Server(premises.server_settings(storage), journal)
     server.start()
     try:
-        yield
+        yield server
     finally:
         server.stop()
 

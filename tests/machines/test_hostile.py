@@ -240,7 +240,7 @@ def test_the_server_refuses_unknown_keys_and_other_peoples_subjects(world: World
         world.names.reply("ann"), world.names.task("ann"), world.names.upload("ann", f"{'0' * 64}.0"),
         world.names.about, world.names.member("ann"), "potluck.ba9876543210.reply.eve",
         f"$JS.API.STREAM.PURGE.{world.names.states}", f"$JS.API.STREAM.DELETE.{world.names.replies}",
-        world.names.direct(world.names.uploads, world.names.upload("ann", f"{'0' * 64}.0")),
+        world.names.direct(world.names.uploads("ann"), world.names.upload("ann", f"{'0' * 64}.0")),
     ):  # fmt: skip
         with pytest.raises(Refused, match="permissions violation"):
             eve.store(subject, b"{}", patience=0.5)

@@ -10,9 +10,7 @@ import pytest
 import torch
 
 from potluck.contribution import Contribution, Shelf, Task
-from potluck.engine.nats.coordinator import NatsEngine
 from potluck.engine.nats.members import Members
-from potluck.engine.nats.subjects import COORDINATOR
 from tests.machines.world import World
 
 
@@ -42,7 +40,7 @@ def test_a_late_answer_is_asked_for_again_by_another_session(world: World) -> No
 
     members = Members(world.connection, world.names, world.people, world.settings.silence)
     members.look()
-    again = NatsEngine(world.post(COORDINATOR), members, world.settings, 1 << 20, lambda who, why: None)
+    again = world.coordinate(members, lambda *told: None)
     try:
         again.restore(facts, {}, {late: ("eve", task(1))})
         received = eve.next(20)

@@ -7,17 +7,22 @@ import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 from potluck.contribution import Contribution, Task
 from potluck.engine.nats.blobs import JetStreamBlobs
+from potluck.engine.nats.claim import Claim
 from potluck.engine.nats.connection import Access, Connection
-from potluck.engine.nats.coordinator import NatsEngine, Post
+from potluck.engine.nats.coordinator import NatsEngine
 from potluck.engine.nats.identity import make_certificate, new_seed, public_key
 from potluck.engine.nats.members import Members
+from potluck.engine.nats.post import Post
+from potluck.engine.nats.presence import Presence
+from potluck.engine.nats.refusals import Told
 from potluck.engine.nats.server import Server, ServerSettings
 from potluck.engine.nats.site import Site
-from potluck.engine.nats.streams import make_streams
+from potluck.engine.nats.streams import make_streams, mend_streams
 from potluck.engine.nats.subjects import COORDINATOR, Names, permissions_of
 from potluck.errors import PotluckError
 from potluck.recipe.engine import Nats
@@ -61,10 +66,19 @@ class World:
         self.connections: list[Connection] = []
         self.over = threading.Event()
         self.connection = self.connect(COORDINATOR)
-        make_streams(self.connection, self.names, self.people, self.storage)
+        self.store = (self.connection, self.names, self.people, self.storage)
+        make_streams(*self.store)
         self.members = Members(self.connection, self.names, self.people, self.settings.silence)
         refused = lambda who, why, count: self.told.append((who, why))  # noqa: E731
-        self.engine = NatsEngine(self.post(COORDINATOR), self.members, self.settings, self.max_reply_bytes, refused)
+        self.engine = self.coordinate(self.members, refused)
+
+    def coordinate(self, members: Members, refused: Told) -> NatsEngine:
+        """A coordinator's engine, one at a time."""
+        claim = Claim(self.connection, self.names, COORDINATOR, "here", self.settings.silence)
+        claim.make(lambda: False, lambda _: None)
+        presence, mend = Presence(self.connection, self.names, claim), partial(mend_streams, *self.store)
+        post = self.post(COORDINATOR)
+        return NatsEngine(post, members, self.settings, self.max_reply_bytes, refused, presence, mend)
 
     def access(self, role: str, seed: str | None = None, inbox: str | None = None) -> Access:
         urls = (f"tls://127.0.0.1:{self.port}",)

@@ -7,8 +7,8 @@ from typing import Annotated, Any
 
 from pydantic import BaseModel, Field
 
-from potluck.engine.nats.coordinator import Post
 from potluck.engine.nats.frames import facts_of, read_frame
+from potluck.engine.nats.post import Post
 from potluck.engine.nats.subjects import COORDINATOR
 from potluck.errors import EngineError
 from potluck.untrusted import Count, ShortText

@@ -11,13 +11,14 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from potluck.contribution import ParticipantId
-from potluck.engine.nats.bulk import RING, Bulks, patiently
+from potluck.engine.nats.bulk import RING, Bulks, Waiting, patiently
 from potluck.engine.nats.connection import Connection
 from potluck.engine.nats.subjects import CHUNK_BYTES, Names
 from potluck.errors import Damaged
 from potluck.files import storing
 
 GiveUp = Callable[[], bool]
+Lacking = Callable[[], None]
 Parts = Sequence[memoryview]
 
 
@@ -35,8 +36,19 @@ class Blobs(Protocol):
             EngineError: It could not be stored before ``give_up``.
         """
 
-    def get(self, owner: ParticipantId | None, digest: str, size: int, to: Path, give_up: GiveUp) -> None:
+    def get(
+        self,
+        owner: ParticipantId | None,
+        digest: str,
+        size: int,
+        to: Path,
+        give_up: GiveUp,
+        lacking: Lacking = lambda: None,
+    ) -> None:
         """Fetch a blob into a file, which then has that size and hash; what an earlier try left is used.
+
+        Args:
+            lacking: Called every few seconds in which nothing came: the server may have lost it.
 
         Raises:
             EngineError: It is not there, is not what it should be, or did not come before ``give_up``.
@@ -44,6 +56,9 @@ class Blobs(Protocol):
 
     def drop(self, owner: ParticipantId | None, digest: str) -> None:
         """Forget a blob that nobody needs any more; if it is being stored anew, that one stays."""
+
+    def clear(self, owner: ParticipantId) -> None:
+        """Forget what a participant sent unasked, if the store is ours to bound; nothing of it may be awaited."""
 
     def held(self, owner: ParticipantId | None) -> set[str]:
         """Hashes of the blobs that are there, whole or in part; only the coordinator may ask."""
@@ -74,9 +89,17 @@ class JetStreamBlobs:
 
         patiently(attempt, give_up, self._told)
 
-    def get(self, owner: ParticipantId | None, digest: str, size: int, to: Path, give_up: GiveUp) -> None:
+    def get(
+        self,
+        owner: ParticipantId | None,
+        digest: str,
+        size: int,
+        to: Path,
+        give_up: GiveUp,
+        lacking: Lacking = lambda: None,
+    ) -> None:
         """As `Blobs`: the file grows chunk by chunk, and is verified as it grows."""
-        partial = to.with_name(to.name + ".part")
+        partial, waiting = to.with_name(to.name + ".part"), Waiting(give_up, lacking)
         with storing(to):
             to.parent.mkdir(parents=True, exist_ok=True)
 
@@ -86,11 +109,12 @@ class JetStreamBlobs:
                 _Growing(partial, digest, size) as growing,
                 ThreadPoolExecutor(1, "potluck-hash") as hasher,  # hashing and writing leave the socket alone
             ):
-                stream = self._names.states if owner is None else self._names.uploads
+                stream = self._names.states if owner is None else self._names.uploads(owner)
                 numbers = range(growing.chunks, chunk_count(size))
                 subject = lambda n: self._names.direct(stream, self._subject(owner, f"{digest}.{n}"))  # noqa: E731
                 behind: deque[Future[None]] = deque()
-                for number, chunk in bulk.get(subject, numbers, give_up):
+                for number, chunk in bulk.get(subject, numbers, waiting):
+                    waiting.came()
                     behind.append(hasher.submit(growing.add, number, chunk))
                     if len(behind) == RING - 1:
                         behind.popleft().result()
@@ -102,21 +126,25 @@ class JetStreamBlobs:
                 self._last[owner, digest] = bulk.last
             return True
 
-        patiently(attempt, give_up, self._told)
+        patiently(attempt, waiting, self._told)
         with storing(to):
             partial.replace(to)
 
     def drop(self, owner: ParticipantId | None, digest: str) -> None:
         """As `Blobs`."""
-        stream = self._names.states if owner is None else self._names.uploads
+        stream = self._names.states if owner is None else self._names.uploads(owner)
         wanted: dict[str, Any] = {"filter": self._subject(owner, f"{digest}.*")}
         if last := self._last.pop((owner, digest), 0):
             wanted["seq"] = last + 1  # what has been stored anew since then stays
         self._connection.api(f"STREAM.PURGE.{stream}", wanted)
 
+    def clear(self, owner: ParticipantId) -> None:
+        """As `Blobs`: all that lies there."""
+        self._connection.api(f"STREAM.PURGE.{self._names.uploads(owner)}", {}, patience=5.0)
+
     def held(self, owner: ParticipantId | None) -> set[str]:
         """As `Blobs`."""
-        stream = self._names.states if owner is None else self._names.uploads
+        stream = self._names.states if owner is None else self._names.uploads(owner)
         found: set[str] = set()
         wanted = {"subjects_filter": self._subject(owner, ">")}
         answer = self._connection.api(f"STREAM.INFO.{stream}", wanted)

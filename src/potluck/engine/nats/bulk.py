@@ -29,6 +29,7 @@ GETS_IN_FLIGHT = 6  # each is a MiB of the server's memory
 IDLE_SECONDS = 15.0  # the server drops whoever does not answer its pings
 RING = 4
 STALL_SECONDS = 20.0
+LACKING_SECONDS = 5.0
 _BUFFER = 1 << 16
 
 
@@ -248,6 +249,28 @@ class Bulks:
             self._idle.clear()
 
 
+class Waiting:
+    """Whether to give up, and what is done about it while nothing comes.
+
+    Args:
+        lacking: Called after every `LACKING_SECONDS` in which nothing came.
+    """
+
+    def __init__(self, give_up: Callable[[], bool], lacking: Callable[[], None]) -> None:
+        self._give_up, self._lacking, self._since = give_up, lacking, time.monotonic()
+
+    def came(self) -> None:
+        """Note that something came."""
+        self._since = time.monotonic()
+
+    def __call__(self) -> bool:
+        """Whether to give up."""
+        if time.monotonic() - self._since > LACKING_SECONDS:
+            self._lacking()
+            self.came()
+        return self._give_up()
+
+
 def patiently(attempt: Callable[[], bool], give_up: Callable[[], bool], told: Callable[[str], None]) -> None:
     """Try until ``attempt`` says it is done; a broken connection is made anew, from where the last one came to.
 
@@ -255,7 +278,7 @@ def patiently(attempt: Callable[[], bool], give_up: Callable[[], bool], told: Ca
         Damaged: What came is not what was announced.
         EngineError: ``give_up`` said so, with what went wrong last.
     """
-    problem = "there was no time"
+    problem, said = "there was no time", ""
     while not give_up():
         try:
             if attempt():
@@ -264,7 +287,8 @@ def patiently(attempt: Callable[[], bool], give_up: Callable[[], bool], told: Ca
             raise
         except (EngineError, OSError, EOFError) as error:
             problem = str(error) or type(error).__name__
-            if not isinstance(error, Missing):
+            if not isinstance(error, Missing) and problem != said:
                 told(f"a transfer broke: {problem}; going on")
+                said = problem
             time.sleep(0.2)
     raise EngineError(f"gave up: {problem}")

@@ -1,4 +1,4 @@
-"""One participant, one process: of all that hold an invite, the one that serves under its name.
+"""One participant, one process: of all that hold an invite, the one that serves under its name. So of coordinators.
 
 A participant's last sign of life on the server says who serves. It is replaced only by whoever knows its sequence
 number (compare and set), so that of two processes one is told that the other was first.
@@ -6,7 +6,9 @@ number (compare and set), so that of two processes one is told that the other wa
 
 from __future__ import annotations
 
+import hashlib
 import json
+import socket
 import threading
 import time
 import uuid
@@ -15,13 +17,16 @@ from pathlib import Path
 from typing import Any
 
 from potluck.engine.nats.connection import Connection
-from potluck.engine.nats.subjects import Names
+from potluck.engine.nats.signs import MAX_BYTES
+from potluck.engine.nats.subjects import COORDINATOR, Names
 from potluck.errors import AlreadyServed, Interrupted, Outrun
 from potluck.files import storing, write_text
+from potluck.untrusted import loads
 
 REFUSED = "refused"  # the status of a sign of life that another process left behind
 LOOK_SECONDS = 0.2
 _HINT = "end one of them: an invite is for one machine, and one folder there"
+_HOST_HINT = "end one of them: a copy of a run folder is the same run"
 
 
 class Claim:
@@ -40,6 +45,9 @@ class Claim:
         self._connection, self._name, self._session, self._silence = connection, name, session, silence
         self._subject = names.member(name)
         self._direct = names.direct(f"KV_{names.members}", self._subject)
+        self._does, self._hint = f"takes part as {name}", _HINT
+        if name == COORDINATOR:
+            self._does, self._hint = "coordinates this run", _HOST_HINT
         self._process, self._sequence = uuid.uuid4().hex[:12], 0
         self._renewed = time.monotonic()
         self._lock = threading.Lock()
@@ -60,14 +68,14 @@ class Claim:
         sequence, said = self._last()
         until = time.monotonic() + self._silence
         if self._of_another(said):
-            told(
-                f"{self._name} is served by another process, or was: waiting up to {self._silence:g} s for a sign of it"
-            )
+            told(f"another process {self._does}, or did: waiting up to {self._silence:g} s for a sign of it")
         while self._of_another(said):
             first, (sequence, said) = sequence, self._last()
             if self._of_another(said) and sequence != first:
                 self._knock(sequence)
-                raise AlreadyServed(f"{self._name} takes part already, from another machine or folder", _HINT)
+                raise AlreadyServed(
+                    f"another process {self._does}, on another machine or in another folder", self._hint
+                )
             if time.monotonic() > until:
                 break
             if stop():
@@ -96,8 +104,8 @@ class Claim:
                     elif other.get("status") == REFUSED:
                         self.refused += 1
                     elif other and other.get("status") != "left":
-                        self.lost = f"another process has taken over as {self._name}"
-            raise AlreadyServed(self.lost, _HINT)
+                        self.lost = f"another process {self._does} now"
+            raise AlreadyServed(self.lost, self._hint)
 
     def _of_another(self, said: Mapping[str, Any]) -> bool:
         """Whether a sign of life is of a process elsewhere that may be at work."""
@@ -122,14 +130,14 @@ class Claim:
         if found is None:
             return 0, {}
         try:
-            said = json.loads(found[0])
-        except (ValueError, RecursionError):
+            said = loads(found[0], most_bytes=MAX_BYTES)
+        except ValueError:
             said = {}
         return int(found[1].get("Nats-Sequence", 0)), said if isinstance(said, dict) else {}
 
 
 def session_of(folder: Path) -> str:
-    """The session of a participant's folder, made when it is first asked for.
+    """The session of a folder, made when it is first asked for; a copy of the folder has another.
 
     Raises:
         StorageError: The folder cannot be written.
@@ -139,4 +147,5 @@ def session_of(folder: Path) -> str:
         folder.mkdir(parents=True, exist_ok=True)
         if not path.exists():
             write_text(path, uuid.uuid4().hex)
-        return path.read_text(encoding="ascii", errors="replace")[:32]
+        place = (path.read_text(encoding="ascii", errors="replace")[:32], socket.gethostname(), path.stat().st_ino)
+        return hashlib.sha256(repr(place).encode()).hexdigest()[:32]

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import json
 import queue
 import threading
 import time
-from collections.abc import Mapping
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Mapping
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -24,55 +22,25 @@ from potluck.contribution import (
     Task,
     TaskId,
 )
-from potluck.engine.nats.blobs import Blobs
-from potluck.engine.nats.connection import Connection, Delivery
-from potluck.engine.nats.frames import END, Codec, Frame, ReplyFacts, facts_of, read_frame, signed, task_name
+from potluck.engine.nats.connection import Delivery
+from potluck.engine.nats.frames import END, Frame, ReplyFacts, facts_of, read_frame, signed, task_name
+from potluck.engine.nats.helpers import Helpers
 from potluck.engine.nats.members import Members
-from potluck.engine.nats.refusals import Refusals, Told, refusal
+from potluck.engine.nats.post import Post
+from potluck.engine.nats.presence import Presence
+from potluck.engine.nats.refusals import SERVER, Refusals, Told, refusal
 from potluck.engine.nats.states import States
-from potluck.engine.nats.subjects import COORDINATOR, Names, participant_of
+from potluck.engine.nats.subjects import COORDINATOR, participant_of
+from potluck.engine.nats.under_way import Sent, UnderWay
 from potluck.engine.protocol import Tasks
-from potluck.errors import EngineError, PotluckError
+from potluck.errors import AlreadyServed, EngineError, PotluckError
 from potluck.recipe.engine import Nats
 
 if TYPE_CHECKING:
     from torch import Tensor
 
+IDLE_SECONDS = 10.0  # without work on a task: it was lost
 LEAVE_SECONDS = 2.0  # what was sent before a goodbye has come by then
-Key = tuple[ParticipantId, str]
-SERVER = "the server"
-
-
-@dataclass(frozen=True)
-class Post:
-    """Everything that both ends of the engine need to write and read.
-
-    Attributes:
-        seed: One's own key.
-        keys: Public keys of those one listens to, by name.
-        folder: Where blobs are put.
-    """
-
-    connection: Connection
-    names: Names
-    seed: str
-    keys: Mapping[str, str]
-    blobs: Blobs
-    codec: Codec
-    folder: Path
-
-
-@dataclass(frozen=True)
-class _Sent:
-    """A task under way."""
-
-    id: TaskId
-    to: ParticipantId
-    name: str
-    at: float
-    down_bytes: int
-    ends: float
-    blob: str | None
 
 
 class NatsEngine:
@@ -84,30 +52,36 @@ class NatsEngine:
         max_reply_bytes: No reply of the run is larger; one that announces more is refused unread.
         refused: Told of what did not come to count: whose it seemed to be, why, and how often that was by now, at the
             first, the tenth, the hundredth time. Called by ``receive``.
+        presence: What is said of the run itself.
+        mend: Makes anew what the server has lost of the run's streams, and says what that was.
     """
 
     remote = True
 
-    def __init__(self, post: Post, members: Members, settings: Nats, max_reply_bytes: int, refused: Told) -> None:
+    def __init__(
+        self,
+        post: Post,
+        members: Members,
+        settings: Nats,
+        max_reply_bytes: int,
+        refused: Told,
+        presence: Presence,
+        mend: Callable[[], list[str]],
+    ) -> None:
         self._post, self.members, self._settings = post, members, settings
+        self.presence, self._mend = presence, mend
         self.max_reply_bytes, self.refused = max_reply_bytes, refused
         self._began, self._count = time.monotonic(), 0
-        self._lock, self._over = threading.Lock(), threading.Event()
+        self._over = threading.Event()
         self._inbox: queue.Queue[Reply | PotluckError | tuple[ParticipantId, str, int]] = queue.Queue()
         self._refusals = Refusals(lambda *told: self._inbox.put(told))
         members.refused = self._refusals.add
-        self._under_way: dict[Key, _Sent] = {}
-        self.progress: dict[str, Any] = {}
-        self._early: dict[ParticipantId, tuple[str, Frame]] = {}
-        self._answered: set[Key] = set()
+        self._tasks = UnderWay()
         self._contested: set[ParticipantId] = set()  # told of already
         self._open: set[TaskId] = set()  # sent, and their reply neither received nor cancelled
-        self._places: dict[TaskId, int] = {}  # of tasks in their stream
-        self._helpers = ThreadPoolExecutor(min(64, len(members.of) + 2), "potluck-helper")
+        self._helpers = Helpers(min(64, len(members.of) + 2))
         self._states = States(post.blobs, self._helpers, self._over.is_set, self._inbox.put, self._refusals.add)
         self._forget_tasks(post.names.task("*"))  # of an earlier session; they are asked again
-        for name in members.of:
-            post.blobs.drop(name, "0" * 64)  # what a doctor measured with
         self._packed: tuple[tuple[str, ...], Packed] | None = None
         for work in (self._listen, self._watch):
             threading.Thread(target=work, name=f"potluck{work.__name__}", daemon=True).start()
@@ -162,18 +136,17 @@ class NatsEngine:
         frame = signed(self._post.seed, facts, b"".join(packed.parts) if inline else b"")
         ends = float("inf") if task.seconds is None else self.now() + task.seconds
         size = len(frame) + (0 if inline else packed.size)
-        sent = _Sent(number, to, name, self.now(), size, ends, blob)
-        with self._lock:
-            self._under_way[to, name] = sent
-            self._answered.discard((to, name))
-            early = self._early.pop(to, None)
-        if early is not None and early[0] == name:
-            self._take_in(early[1], sent)
+        sent = Sent(number, to, name, self.now(), ends, size, blob, frame, time.monotonic())
+        early, alone = self._tasks.add(sent)
+        if early is not None:
+            self._take_in(early, sent)
             return sent.id
-        new = blob is not None and self._states.need(blob, sent.id)
-        self._places[number] = self._post.connection.store(self._post.names.task(to), frame)
+        if alone:  # what it may have sent unasked is awaited by nobody
+            self._clear(to)
+        new = blob is not None and self._states.need(blob, packed, sent.id)
+        sent.place = self._post.connection.store(self._post.names.task(to), frame)
         if new and blob is not None:
-            self._states.store(blob, packed)  # participants fetch it as it comes
+            self._states.store(blob)  # participants fetch it as it comes
         return sent.id
 
     def receive(self, timeout: float | None = None) -> Reply | None:
@@ -201,17 +174,15 @@ class NatsEngine:
     def cancel(self, task: TaskId) -> None:
         """Forget a task: a reply to it is refused, and it is taken out of its participant's queue."""
         self._open.discard(task)
-        with self._lock:
-            sent = next((sent for sent in self._under_way.values() if sent.id == task), None)
-            if sent is None:
-                return
-            del self._under_way[sent.to, sent.name]
-            self._answered.add((sent.to, sent.name))
-            self._states.release(sent.blob, sent.id)
-        if (place := self._places.pop(task, None)) is None:
+        if (sent := self._tasks.numbered(task)) is None:
+            return
+        self._tasks.answered(sent)
+        self._tasks.end(sent)
+        self._states.release(sent.blob, sent.id)
+        if sent.place is None:
             return
         try:  # this one alone: others of the same participant may be waited for
-            which = {"seq": place, "no_erase": True}
+            which = {"seq": sent.place, "no_erase": True}
             self._post.connection.api(f"STREAM.MSG.DELETE.{self._post.names.tasks}", which, patience=5.0)
         except EngineError as error:
             if "no message found" not in str(error):  # it was acknowledged in the meantime
@@ -248,19 +219,11 @@ class NatsEngine:
         for digest in self._post.blobs.held(None):
             self._drop(None, digest)
 
-    def take_event(self, event: Mapping[str, Any]) -> None:
-        """Let everybody who may look know how far the run is; a listener of its event log."""
-        if event["event"] in ("run_started", "run_resumed", "round", "evaluation", "run_finished"):
-            bits = (event.get("union") or {}).get("bits_per_byte")
-            facts = {"rounds": event.get("rounds"), "round": event.get("round"), "bits_per_byte": bits}
-            self.progress |= {key: value for key, value in facts.items() if value is not None}
-            self.progress |= {"status": "working", "event": event["event"], "time": event["time"]}
-            self._post.connection.tell(self._post.names.member(COORDINATOR), json.dumps(self.progress).encode())
-
     def close(self) -> None:
         """Stop listening."""
         self._over.set()
-        self._helpers.shutdown(wait=False, cancel_futures=True)
+        self._helpers.close()
+        self.presence.leave()
 
     # --- replies -----------------------------------------------------------------------------------
 
@@ -285,17 +248,12 @@ class NatsEngine:
             delivery.done()
             return
         delivery.done()
-        with self._lock:
-            sent, again = self._under_way.get((name, task)), (name, task) in self._answered
-            if sent is None and not again:
-                self._early[name] = (task, frame)  # after a restart it may come before it is asked for
-        if (
-            again and sent is None
-        ):  # else its blob is being fetched: the participant was interrupted, and sends it again
+        sent, replay = self._tasks.take(name, task, frame)
+        if replay:
             self._refusals.add(name, f"replay: task {task} was answered before, or is over")
             if frame.blob is not None:
                 self._helpers.submit(self._drop, name, frame.blob[0])
-        elif sent is not None and not again:
+        elif sent is not None:
             self._take_in(frame, sent)
 
     def _expected(self, name: ParticipantId, frame: Frame) -> str:
@@ -306,22 +264,21 @@ class NatsEngine:
             raise EngineError("a reply that says it is somebody else's")
         return facts.task
 
-    def _take_in(self, frame: Frame, sent: _Sent) -> None:
+    def _take_in(self, frame: Frame, sent: Sent) -> None:
         """Fetch what belongs to a reply, then let it count once."""
-        with self._lock:
-            self._answered.add((sent.to, sent.name))
+        self._tasks.answered(sent)
         if frame.blob is None:
             self._finish(sent, self._reply(frame, sent, frame.payload))
         else:
             self._helpers.submit(self._fetch, frame, sent, *frame.blob)
 
-    def _fetch(self, frame: Frame, sent: _Sent, digest: str, size: int) -> None:
+    def _fetch(self, frame: Frame, sent: Sent, digest: str, size: int) -> None:
         path = self._post.folder / f"{sent.to}-{digest}.safetensors"
         try:
             if size > self.max_reply_bytes:
                 raise EngineError(f"oversized: {size} bytes, at most {self.max_reply_bytes} are expected")
-            give_up = lambda: self._over.is_set() or self.now() > sent.ends or not self._awaited(sent)  # noqa: E731
-            self._post.blobs.get(sent.to, digest, size, path, give_up)
+            give_up = lambda: self._over.is_set() or self.now() > sent.ends or not self._tasks.awaited(sent)  # noqa: E731
+            self._post.blobs.get(sent.to, digest, size, path, give_up, lambda: self._ask_again(sent))
             reply = self._reply(frame, sent, path)
         except Exception as error:  # whatever a message does to its reader, it ends here
             reply = self._failed(sent, "rejected", refusal(error))
@@ -330,7 +287,7 @@ class NatsEngine:
         self._finish(sent, reply)
         self._drop(sent.to, digest)
 
-    def _reply(self, frame: Frame, sent: _Sent, payload: bytes | Path | None) -> Reply:
+    def _reply(self, frame: Frame, sent: Sent, payload: bytes | Path | None) -> Reply:
         facts, up_bytes = facts_of(ReplyFacts, frame), frame.size + (frame.blob[1] if frame.blob else 0)
         if facts.status != "ok":
             return replace(self._failed(sent, "failed", facts.reason), up_bytes=up_bytes)
@@ -343,7 +300,7 @@ class NatsEngine:
         done = replace(self._failed(sent, "failed", ""), status="ok", contribution=contribution, up_bytes=up_bytes)
         return replace(done, lasting=True)
 
-    def _failed(self, sent: _Sent, status: Any, reason: str) -> Reply:
+    def _failed(self, sent: Sent, status: Any, reason: str) -> Reply:
         return Reply(
             task=sent.id,
             participant=sent.to,
@@ -353,16 +310,10 @@ class NatsEngine:
             seconds=self.now() - sent.at,
         )
 
-    def _finish(self, sent: _Sent, reply: Reply) -> None:
-        with self._lock:
-            awaited = self._under_way.pop((sent.to, sent.name), None)
-            self._places.pop(sent.id, None)
-            self._states.release(sent.blob, sent.id)
-        if awaited is not None:
+    def _finish(self, sent: Sent, reply: Reply) -> None:
+        self._states.release(sent.blob, sent.id)
+        if self._tasks.end(sent):
             self._inbox.put(reply)
-
-    def _awaited(self, sent: _Sent) -> bool:
-        return (sent.to, sent.name) in self._under_way
 
     # --- states and members ------------------------------------------------------------------------
 
@@ -381,20 +332,53 @@ class NatsEngine:
         except PotluckError as error:
             self._refusals.add(owner or COORDINATOR, f"a blob could not be dropped: {error}")
 
+    def _clear(self, owner: ParticipantId) -> None:
+        try:
+            self._post.blobs.clear(owner)
+        except PotluckError as error:
+            self._refusals.add(SERVER, f"uploads of {owner} could not be dropped: {error}")
+
     def _watch(self) -> None:
-        """Look for signs of life; whoever says that it leaves takes its open tasks with it."""
+        """Look for signs of life and give them, and mend what the server has lost."""
         while not self._over.wait(min(1.0, self._settings.heartbeat)):
             try:
+                if lost := self._mend():
+                    self._refusals.add(
+                        SERVER, f"lost: {', '.join(lost)}; made anew, and what was in it is asked for again"
+                    )
+                self.presence.tell_again()
                 self.members.look()
-            except PotluckError:
-                continue  # the server is away; the connection says so itself
-            with self._lock:
-                gone = [sent for (name, _), sent in self._under_way.items() if self.members.gone(name, LEAVE_SECONDS)]
-            for name in self.members.contested() - self._contested:
-                self._contested.add(name)
-                self._refusals.add(name, "another process with the same invite tried to take part, and was refused")
-            for sent in gone:
-                self._forget_tasks(self._post.names.task(sent.to))  # when it comes back, the next round is its first
-                with self._lock:
-                    self._answered.add((sent.to, sent.name))
-                self._finish(sent, self._failed(sent, "failed", "it left before it answered"))
+                self.presence.renew()
+                self._let_go()
+                self._remind()
+            except AlreadyServed as error:
+                self._inbox.put(error)
+                return
+            except PotluckError as error:  # the connection says itself that the server is away
+                self._refusals.add(SERVER, f"does not do what it should: {error}")
+
+    def _let_go(self) -> None:
+        """Whoever says that it leaves takes its open tasks with it; whoever shares its invite is told of."""
+        for name in self.members.contested() - self._contested:
+            self._contested.add(name)
+            self._refusals.add(name, "another process with the same invite tried to take part, and was refused")
+        for sent in self._tasks.those(lambda sent: self.members.gone(sent.to, LEAVE_SECONDS)):
+            self._forget_tasks(self._post.names.task(sent.to))  # when it comes back, the next round is its first
+            self._tasks.answered(sent)
+            self._finish(sent, self._failed(sent, "failed", "it left before it answered"))
+
+    def _remind(self) -> None:
+        """Ask again whoever idles though it was asked, and bring again what somebody waits for: the server lost it."""
+        idle = lambda sent: self.members.idle(sent.to, sent.asked, IDLE_SECONDS)  # noqa: E731
+        for sent in self._tasks.those(idle, unanswered=True):
+            self._ask_again(sent)
+        for digest in {member.said.get("lacks", "") for member in self.members.of.values()}:
+            self._states.bring_again(digest)
+
+    def _ask_again(self, sent: Sent) -> None:
+        """Put a task into its queue once more; who has answered it sends the same answer again."""
+        if self._over.is_set() or time.monotonic() - sent.asked < IDLE_SECONDS:
+            return
+        sent.asked = time.monotonic()
+        self._refusals.add(SERVER, f"lost: task {sent.name} of {sent.to}, or its answer; it is asked for again")
+        sent.place = self._post.connection.store(self._post.names.task(sent.to), sent.frame, patience=5.0)

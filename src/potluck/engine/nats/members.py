@@ -26,6 +26,7 @@ class Member:
     Attributes:
         said: Its last sign of life: ``status``, ``session``, ``holding``, ``task`` and other facts.
         revision: Of its value; one that stays is no sign of life.
+        since: When it began to do what it does.
         unread: Revision of one that could not be read.
         seen: When it last changed, on our monotonic clock: participants' clocks may be wrong.
     """
@@ -34,6 +35,7 @@ class Member:
     revision: int = 0
     unread: int = 0
     seen: float = float("-inf")
+    since: float = float("-inf")
 
     def presence(self, now: float, silence: float) -> Presence:
         """Where it is."""
@@ -84,6 +86,8 @@ class Members:
                 continue
             if said["status"] != REFUSED:  # of a process that may not serve
                 age = 0.0 if member.revision else _age(headers.get("Nats-Time-Stamp", ""))
+                if any(said.get(key) != member.said.get(key) for key in ("status", "task")):
+                    member.since = time.monotonic()
                 member.said, member.revision, member.seen = said, revision, time.monotonic() - age
 
     def presence(self, name: ParticipantId) -> Presence:
@@ -108,6 +112,12 @@ class Members:
     def gone(self, name: ParticipantId, seconds: float) -> bool:
         """Whether a participant said goodbye, so long ago."""
         return self.presence(name) == "left" and time.monotonic() - self.of[name].seen > seconds
+
+    def idle(self, name: ParticipantId, asked: float, seconds: float) -> bool:
+        """Whether a participant that was ``asked`` something by now has said for so long that it has nothing to do."""
+        member, ready = self.of[name], self.presence(name)
+        waits = ready == "ready" or (ready == "reading" and member.said.get("words") is True)
+        return waits and member.seen > asked and time.monotonic() - max(member.since, asked) > seconds
 
     def contested(self) -> set[ParticipantId]:
         """Participants who say that others with their invite were refused."""

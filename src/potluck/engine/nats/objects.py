@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING, TypeVar
 from urllib.parse import urlsplit
 
 from potluck.contribution import ParticipantId
-from potluck.engine.nats.blobs import GiveUp, Parts, _Growing, chunks_of
-from potluck.engine.nats.bulk import patiently
+from potluck.engine.nats.blobs import GiveUp, Lacking, Parts, _Growing, chunks_of
+from potluck.engine.nats.bulk import Waiting, patiently
 from potluck.engine.nats.subjects import CHUNK_BYTES, Names
 from potluck.errors import Damaged, EngineError, Missing, MissingExtra, PotluckError, RecipeError, Refused, StorageError
 from potluck.files import storing
@@ -82,9 +82,18 @@ class ObjectBlobs:
 
         self._patiently(attempt, give_up)
 
-    def get(self, owner: ParticipantId | None, digest: str, size: int, to: Path, give_up: GiveUp) -> None:
+    def get(
+        self,
+        owner: ParticipantId | None,
+        digest: str,
+        size: int,
+        to: Path,
+        give_up: GiveUp,
+        lacking: Lacking = lambda: None,
+    ) -> None:
         """As `Blobs`: in pieces, several in flight; the file grows in order, and is verified as it grows."""
         key, partial = self._key(owner, digest), to.with_name(to.name + ".part")
+        waiting = Waiting(give_up, lacking)
         with storing(to):
             to.parent.mkdir(parents=True, exist_ok=True)
 
@@ -97,13 +106,13 @@ class ObjectBlobs:
                 raise Damaged(f"blob {digest[:12]}: its content does not match its hash ({found} bytes, not {size})")
             with _Growing(partial, digest, size) as growing:
                 resumed = growing.chunks > 0
-                await self._fetch(key, growing, size, give_up)
+                await self._fetch(key, growing, size, waiting)
                 try:
                     growing.check()
                 except Damaged as error:  # what was left of an earlier try may be to blame: once more without it
                     raise EngineError(str(error)) if resumed else error from None
 
-        self._patiently(attempt, give_up)
+        self._patiently(attempt, waiting)
         with storing(to):
             partial.replace(to)
 
@@ -118,6 +127,9 @@ class ObjectBlobs:
                 pass
 
         asyncio.run(attempt())
+
+    def clear(self, owner: ParticipantId) -> None:
+        """As `Blobs`: nothing, since who may write there, and how much, is set there."""
 
     def held(self, owner: ParticipantId | None) -> set[str]:
         """As `Blobs`."""
@@ -141,7 +153,7 @@ class ObjectBlobs:
         except FileNotFoundError:
             return None
 
-    async def _fetch(self, key: str, growing: _Growing, size: int, give_up: GiveUp) -> None:
+    async def _fetch(self, key: str, growing: _Growing, size: int, waiting: Waiting) -> None:
         """Let a file grow to its size by ranges of an object."""
         starts = iter(range(growing.chunks * CHUNK_BYTES, size, PIECE_BYTES))
         flying: deque[asyncio.Future[memoryview]] = deque()
@@ -157,7 +169,8 @@ class ObjectBlobs:
                 if not flying:
                     return
                 with _plainly(self._place):
-                    received = await _unless(give_up, flying[0])
+                    received = await _unless(waiting, flying[0])
+                waiting.came()
                 flying.popleft()
                 for low in range(0, received.nbytes, CHUNK_BYTES):
                     growing.add(growing.chunks, received[low : low + CHUNK_BYTES])

@@ -8,6 +8,7 @@ from collections.abc import Callable
 
 from potluck.errors import PotluckError
 
+SERVER = "the server"
 Told = Callable[[str, str, int], None]
 
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -17,11 +19,14 @@ from pathlib import Path
 from potluck.engine.nats.addresses import join_address
 from potluck.engine.nats.identity import write_secret
 from potluck.engine.nats.subjects import Permissions
-from potluck.errors import EngineError, MissingExtra
+from potluck.errors import EngineError, MissingExtra, PotluckError
 from potluck.files import storing
 
 LOOPBACK = ("127.0.0.1", "::1", "localhost")
 OWNER = "RUN"  # the account that holds the streams
+START_SECONDS = 30.0  # a large store is read first
+STOP_SECONDS = 10.0
+_NOT_THE_STORE = ("address already in use", "cannot assign requested address", "permission denied", "no space left")
 MEMORY_LIMIT = "240MiB"  # of the Go runtime; a stream's chunks are on disk
 
 
@@ -143,7 +148,7 @@ class Server:
         self.settings, self._told = settings, told
         self._binary, self._pid = find_server(), settings.folder / "server.pid"
         self._process: subprocess.Popen[bytes] | None = None  # None if another process of this run started it
-        self._over = threading.Event()
+        self._over, self._starting = threading.Event(), threading.Lock()
         self.write_config()
 
     def write_config(self) -> None:
@@ -151,9 +156,13 @@ class Server:
         write_secret(self.settings.folder / "server.conf", server_config(self.settings))
 
     def start(self) -> None:
-        """Start it, or take over the one that an earlier process of this run left; then watch it."""
+        """Start it, or take over the one that an earlier process of this run left; then watch it.
+
+        Raises:
+            EngineError: It does not start, even on an empty store.
+        """
         if self.running() is None:
-            self._spawn()
+            self._spawn_somehow()
         else:
             self.reload()
             self._told("the message server of this run is still there")
@@ -171,6 +180,11 @@ class Server:
     def stop(self, patience: float = 10.0) -> None:
         """End it in order."""
         self._over.set()
+        with self._starting:
+            self._end(patience)
+        self._pid.unlink(missing_ok=True)
+
+    def _end(self, patience: float) -> None:
         if (pid := self.running()) is None:
             return
         os.kill(pid, signal.SIGTERM)
@@ -180,9 +194,50 @@ class Server:
         if self._process is not None:
             with suppress(subprocess.TimeoutExpired):
                 self._process.wait(patience)
-        self._pid.unlink(missing_ok=True)
+
+    def start_anew(self, why: str) -> None:
+        """Start it on an empty store, since with the one that is there it does not do its work; that one is kept.
+
+        Raises:
+            EngineError: It does not start with that, either.
+        """
+        with self._starting:
+            self._end(STOP_SECONDS)
+            aside = self._put_aside()
+            self._told(
+                f"the message server cannot use its store ({why}); it starts on an empty one, the old is {aside}"
+            )
+            self._spawn()
+
+    def _put_aside(self) -> Path:
+        store = self.settings.folder / "store"
+        aside = next(
+            path for number in itertools.count(1) if not (path := store.with_name(f"store.damaged-{number}")).exists()
+        )
+        with storing(aside):
+            if store.exists():
+                store.rename(aside)
+        return aside
+
+    def _spawn_somehow(self) -> None:
+        """Start it on its store, or if it cannot, on an empty one."""
+        with self._starting:
+            if self.running() is not None:
+                return
+            try:
+                self._spawn()
+                return
+            except EngineError as error:
+                if any(words in str(error) for words in _NOT_THE_STORE):
+                    raise
+                why = str(error)
+        self.start_anew(why)
 
     def _spawn(self) -> None:
+        where = f"{self.settings.host}:{self.settings.port}"
+        if _answers(self.settings):
+            hint = "another host of this run, or another program: end it, or give another --listen"
+            raise EngineError(f"nats-server does not start: {where}: address already in use", hint)
         config = self.settings.folder.absolute() / "server.conf"
         output = self.settings.folder / "server.out"
         with storing(output), output.open("ab") as file:
@@ -196,20 +251,27 @@ class Server:
             )
         with storing(self._pid):
             self._pid.write_text(str(self._process.pid))
-        time.sleep(0.1)
-        if self._process.poll() is not None:
-            said = [_last_line(path) for path in (output, self.settings.folder / "server.log")]
-            raise EngineError(f"nats-server does not start: {'; '.join(filter(None, said))}", f"see {output}")
+        until = time.monotonic() + START_SECONDS
+        while not _answers(self.settings) and time.monotonic() < until:
+            time.sleep(0.02)
+            if self._process.poll() is not None:
+                said = [_last_line(path) for path in (output, self.settings.folder / "server.log")]
+                hint = f"see {self.settings.folder / 'server.log'}"
+                raise EngineError(f"nats-server does not start: {'; '.join(filter(None, said))}", hint)
 
     def _watch(self) -> None:
+        said = ""
         while not self._over.wait(0.25):
             self._reap()
             if self.running() is None and not self._over.is_set():
-                self._told("the message server died; starting it again")
                 try:
-                    self._spawn()
-                except EngineError as error:
-                    self._told(str(error))
+                    self._spawn_somehow()
+                    self._told("the message server died, and was started again")
+                    said = ""
+                except PotluckError as error:
+                    if str(error) != said:
+                        self._told(str(error))
+                    said = str(error)
                     self._over.wait(1.0)
 
     def _reap(self) -> None:
@@ -230,3 +292,13 @@ def running_in(folder: Path) -> int | None:
 
 def _last_line(path: Path) -> str:
     return path.read_text(errors="replace").strip().rpartition("\n")[2] if path.exists() else ""
+
+
+def _answers(settings: ServerSettings) -> bool:
+    """Whether somebody listens where the server should."""
+    host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(settings.host, settings.host)
+    try:
+        with socket.create_connection((host, settings.port), 1.0):
+            return True
+    except OSError:
+        return False

@@ -32,6 +32,7 @@ class _Sign(BaseModel):
     process: _Name = ""
     refused: Count = 0
     task: _Name = ""
+    lacks: _Name = ""
     reason: Line = ""
     words: bool = False
     evaluates: bool = True

@@ -12,8 +12,8 @@ from typing import Any, Literal
 from potluck.contribution import Contribution, Packed, Task
 from potluck.engine.nats.claim import Claim
 from potluck.engine.nats.connection import Delivery
-from potluck.engine.nats.coordinator import Post
 from potluck.engine.nats.frames import END, Frame, TaskFacts, facts_of, payload_of, read_frame, signed
+from potluck.engine.nats.post import Post
 from potluck.engine.nats.refusals import Refusals, refusal
 from potluck.engine.nats.subjects import COORDINATOR, token
 from potluck.errors import AlreadyServed, Damaged, EngineError, PotluckError
@@ -147,7 +147,10 @@ class Site:
             for old in self.post.folder.glob("*.safetensors*"):
                 if not old.name.startswith(digest):
                     old.unlink(missing_ok=True)  # what is mapped stays until it is let go
-            self.post.blobs.get(None, digest, size, path, give_up)
+            try:
+                self.post.blobs.get(None, digest, size, path, give_up, lambda: self.say(lacks=digest))
+            finally:
+                self._said.pop("lacks", None)
         return path
 
     def task(self, received: Received, give_up: Callable[[], bool]) -> Task:

@@ -49,10 +49,9 @@ class Names:
         """Stream of what all participants may read: chunks of the shared state, and what the run is about."""
         return f"potluck-{self.run}-states"
 
-    @property
-    def uploads(self) -> str:
-        """Stream of chunks that participants send."""
-        return f"potluck-{self.run}-uploads"
+    def uploads(self, name: ParticipantId) -> str:
+        """Stream of chunks that a participant sends: nobody can fill another's."""
+        return f"potluck-{self.run}-uploads-{token(name)}"
 
     @property
     def members(self) -> str:
@@ -119,22 +118,29 @@ def participant_permissions(names: Names, name: ParticipantId) -> Permissions:
             f"$JS.ACK.{names.tasks}.{token(name)}.>",
             names.direct(names.states, names.state(">")),
             names.direct(names.states, names.about),
-            names.direct(names.uploads, names.upload(name, ">")),
+            names.direct(names.uploads(name), names.upload(name, ">")),
         ),
         subscribe=(names.inbox(name) + ".>",),
     )
 
 
-def coordinator_permissions(names: Names) -> Permissions:
+def streams_of(names: Names, participants: Sequence[ParticipantId]) -> tuple[str, ...]:
+    """Names of all streams of a run; the first two are work queues."""
+    return (names.tasks, names.replies, names.states, f"KV_{names.members}", *map(names.uploads, participants))
+
+
+def coordinator_permissions(names: Names, participants: Sequence[ParticipantId]) -> Permissions:
     """The coordinator: everything of its run, and nothing else."""
-    streams = (names.tasks, names.replies, names.states, names.uploads, f"KV_{names.members}")
+    streams = streams_of(names, participants)
     verbs = ("CREATE", "UPDATE", "INFO", "PURGE")
     return Permissions(
         publish=(
             f"potluck.{names.run}.>",
             names.member(COORDINATOR),
             *(f"$JS.API.STREAM.{verb}.{stream}" for verb in verbs for stream in streams),
+            "$JS.API.STREAM.NAMES",
             f"$JS.API.STREAM.MSG.DELETE.{names.tasks}",
+            *(f"$JS.API.CONSUMER.NAMES.{stream}" for stream in streams[:2]),
             *(f"$JS.API.CONSUMER.{verb}.{stream}.>" for verb in ("CREATE", "INFO") for stream in streams[:2]),
             names.next(names.replies, COORDINATOR),
             f"$JS.ACK.{names.replies}.>",
@@ -160,4 +166,4 @@ def permissions_of(names: Names, role: str, participants: Sequence[ParticipantId
     """The permissions of ``coordinator``, ``watcher`` or a participant."""
     if role in participants:
         return participant_permissions(names, role)
-    return coordinator_permissions(names) if role == COORDINATOR else watcher_permissions(names)
+    return coordinator_permissions(names, participants) if role == COORDINATOR else watcher_permissions(names)
