@@ -43,6 +43,7 @@ class World:
     """Everybody of one run at one server.
 
     Attributes:
+        listens: Whether a coordinator's engine does.
         told: What the engine refused, and whose it was.
     """
 
@@ -51,6 +52,7 @@ class World:
     settings: Nats = field(default_factory=lambda: Nats(heartbeat=0.2))
     max_reply_bytes: int = 1 << 24
     storage: int = 1 << 28
+    listens: bool = True
     told: list[tuple[str, str]] = field(default_factory=list)
 
     def __post_init__(self) -> None:
@@ -70,7 +72,8 @@ class World:
         make_streams(*self.store)
         self.members = Members(self.connection, self.names, self.people, self.settings.silence)
         refused = lambda who, why, count: self.told.append((who, why))  # noqa: E731
-        self.engine = self.coordinate(self.members, refused)
+        if self.listens:
+            self.engine = self.coordinate(self.members, refused)
 
     def coordinate(self, members: Members, refused: Told) -> NatsEngine:
         """A coordinator's engine, one at a time."""
@@ -130,7 +133,8 @@ class World:
 
     def close(self) -> None:
         self.over.set()
-        self.engine.close()
+        if self.listens:
+            self.engine.close()
         for connection in self.connections:
             connection.close()
         self.server.stop()
