@@ -36,7 +36,8 @@ from potluck.engine.nats.post import Post
 from potluck.engine.nats.presence import Presence
 from potluck.engine.nats.refusals import Told
 from potluck.engine.protocol import Engine
-from potluck.errors import Interrupted, ModelError, TrainingError
+from potluck.errors import CheckpointError, Interrupted, ModelError, TrainingError
+from potluck.files import write_text
 from potluck.local.network import Network, place
 from potluck.local_store import layout_hash
 from potluck.models.build import build_model
@@ -50,6 +51,7 @@ from potluck.records.journal import Journal
 from potluck.rounds.figures import MOST
 from potluck.run import Facts, Parts
 from potluck.traffic import Messages
+from potluck.untrusted import checked, load_json
 from potluck.updates.fragments import Fragment
 
 LOOK_SECONDS = 0.2
@@ -277,7 +279,7 @@ def _fitness(
             return reason
         if name not in known:
             known[name] = said_holding
-            path.write_text(json.dumps(known))
+            write_text(path, json.dumps(known))
         return "" if known[name] == said_holding else "came back with other text"
 
     return unfit
@@ -296,8 +298,15 @@ def _clean_holding(name: str, holding: Mapping[str, Any], data: Data) -> tuple[d
 
 
 def _read_holdings(path: Path) -> dict[str, dict[str, Any]]:
-    try:
-        found: dict[str, dict[str, Any]] = json.loads(path.read_text())
-    except (OSError, ValueError):
+    """What participants said they hold when they first joined.
+
+    Raises:
+        CheckpointError: The file is damaged.
+    """
+    if not path.exists():
         return {}
-    return found
+    try:
+        return checked(dict[str, dict[str, Any]], load_json(path))
+    except (OSError, ValueError) as error:
+        hint = "restore it; without it participants are taken to hold what they say next"
+        raise CheckpointError(f"{path}: damaged ({error})", hint) from None

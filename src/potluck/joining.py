@@ -66,6 +66,7 @@ from potluck.records.units import bytes_text, duration_text
 from potluck.sent import TRAINING, Sent
 
 WAIT_SECONDS = 2.0
+HURRY_SECONDS = 3.0
 NOWHERE = -2  # the state in memory is that of no revision
 
 
@@ -100,9 +101,17 @@ class Joined:
     worked_seconds: float = 0.0  # at tasks of all kinds ...
     trained_seconds: float = 0.0  # ... and at local steps
     ended: bool = False
+    asked: float = 0.0  # to leave, as far as was noticed
     began: float = field(default_factory=time.monotonic)
     upcoming: Future[Received | None] | None = None  # the next task, if it is fetched while local steps go on
     behind: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(1, "potluck-behind"))
+
+    def hurries(self) -> bool:
+        """Whether it was asked to leave so long ago that no transfer may hold it up."""
+        if not self.stop():
+            return False
+        self.asked = self.asked or time.monotonic()
+        return time.monotonic() - self.asked > HURRY_SECONDS
 
     def work(self, seconds: float, trains: bool) -> None:
         """Count what was worked."""
@@ -194,7 +203,7 @@ def _vocabulary(joined: Joined) -> Vocabulary | None:
                 "join with --allow words, if the coordinator may know how often each word stands in your text; "
                 "or ask for a run with a tokenizer that exists",
             )
-        site.say(status="reading", words=True)
+        site.say(status="reading", words=True, task="")
         received = site.next(WAIT_SECONDS)
         if received is not None and received.ends:
             received.delivery.done()
@@ -213,6 +222,7 @@ def _counted_words(joined: Joined, received: Received) -> None:
             raise TrainingError(f"there is no vocabulary yet to {request.kind} with")
         return Answer(words_contribution(joined.recipe, request.revision), "")
 
+    joined.site.say(status="working", task=received.name)
     with received.delivery.kept():
         answer = _answer(joined, received, perform)
         if answer is not None:
@@ -223,7 +233,7 @@ def _prepare(joined: Joined, vocabulary: Vocabulary) -> tuple[Participant, Local
     """Text, network and state."""
     recipe, name = joined.recipe, joined.name
     _check_size(joined, vocabulary)
-    joined.site.say(status="reading", potluck=__version__)
+    joined.site.say(status="reading", words=False, potluck=__version__)
     if recipe.compute.threads:
         torch.set_num_threads(recipe.compute.threads)
     corpus: Corpus = build_corpus(recipe, joined.journal, vocabulary)
@@ -367,7 +377,7 @@ def _kept_or_done(
 def _send(joined: Joined, received: Received, answer: Answer) -> None:
     began, before = time.monotonic(), joined.sent.bytes
     try:
-        joined.site.answer(received.name, answer.contribution, answer.reason, _too_late(received))
+        joined.site.answer(received.name, answer.contribution, answer.reason, _too_late(joined, received))
         received.delivery.done()
     except PotluckError as error:
         joined.journal(f"task {received.name}: the answer could not be sent: {error}")
@@ -400,15 +410,15 @@ def _send_and_fetch(joined: Joined, received: Received, answer: Answer) -> Recei
         with suppress(PolicyError, TrainingError, EngineError), upcoming.delivery.kept():  # they show again later
             if not upcoming.ends:
                 request_of(joined.policy, joined.recipe, upcoming.fields, upcoming.payload_bytes)
-                joined.site.fetch(upcoming, _too_late(upcoming))
+                joined.site.fetch(upcoming, _too_late(joined, upcoming))
         return upcoming
     return None
 
 
-def _too_late(received: Received) -> Callable[[], bool]:
-    """Whether nobody waits for the answer to a task any more, by the clock here."""
+def _too_late(joined: Joined, received: Received) -> Callable[[], bool]:
+    """Whether a task's transfers are given up: nobody waits for the answer any more by the clock here, or we leave."""
     ends = float("inf") if received.seconds is None else time.monotonic() + received.seconds
-    return lambda: time.monotonic() > ends
+    return lambda: time.monotonic() > ends or joined.hurries()
 
 
 def _perform(
@@ -416,7 +426,7 @@ def _perform(
 ) -> Answer:
     """Do a task and keep what it came to. One that fails changes nothing."""
     state, trains = participant.state, request.kind in TRAINING
-    task = joined.site.task(received, _too_late(received))
+    task = joined.site.task(received, _too_late(joined, received))
     if trains and joined.done != store.last_before(task.revision):
         _go_back(joined, participant, store, task.revision)
     if trains:

@@ -138,7 +138,11 @@ class LocalStore:
                     f"{self._folder.parent}: was begun with another {what}",
                     "restore what has changed, or join with another --folder: then the optimizer starts anew",
                 )
-        return _Entry(number, facts["task"], facts["revision"], facts["trained"])
+        task, revision, trained = (facts.get(key) for key in ("task", "revision", "trained"))
+        if not isinstance(task, str) or type(revision) is not int or type(trained) is not bool:
+            hint = "join with another --folder: then the optimizer starts anew"
+            raise CheckpointError(f"{self._folder}: what was kept of task {number} is damaged", hint)
+        return _Entry(number, task, revision, trained)
 
     def _read(self, number: int) -> Checkpoint:
         return load_checkpoint(self._folder, number, only="")

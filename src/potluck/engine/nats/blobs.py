@@ -78,7 +78,7 @@ class JetStreamBlobs:
         missing = dict.fromkeys(range(chunk_count(sum(part.nbytes for part in parts))))
 
         def attempt() -> bool:
-            with self._bulks.one() as bulk:
+            with self._bulks.one(give_up) as bulk:
                 waiting = ((n, chunk) for n, chunk in enumerate(chunks_of(parts)) if n in missing)
                 for number in bulk.put(lambda n: self._subject(owner, f"{digest}.{n}"), waiting):
                     missing.pop(number, None)
@@ -105,7 +105,7 @@ class JetStreamBlobs:
 
         def attempt() -> bool:
             with (
-                self._bulks.one() as bulk,
+                self._bulks.one(give_up) as bulk,
                 _Growing(partial, digest, size) as growing,
                 ThreadPoolExecutor(1, "potluck-hash") as hasher,  # hashing and writing leave the socket alone
             ):

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import base64
 import json
+import os
 import secrets
 import socket
 import ssl
@@ -15,14 +16,15 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from types import TracebackType
 from typing import Any
 from urllib.parse import urlsplit
 
-from potluck.engine.nats.connection import CONNECT_SECONDS, Access, _check
+from potluck.engine.nats.connection import CONNECT_SECONDS, Access, sequence_in
 from potluck.engine.nats.identity import public_key, sign, tls_context
 from potluck.errors import Damaged, EngineError, Missing
+from potluck.untrusted import loads
 
 PUTS_IN_FLIGHT = 8
 GETS_IN_FLIGHT = 6  # each is a MiB of the server's memory
@@ -30,6 +32,7 @@ IDLE_SECONDS = 15.0  # the server drops whoever does not answer its pings
 RING = 4
 STALL_SECONDS = 20.0
 LACKING_SECONDS = 5.0
+LOOK_SECONDS = 0.5
 _BUFFER = 1 << 16
 
 
@@ -51,7 +54,7 @@ class Bulk:
             try:
                 self._socket = self._dial(url)
                 return
-            except (OSError, ssl.SSLError, EOFError, ValueError) as error:
+            except (OSError, ssl.SSLError, EOFError, ValueError, TypeError, KeyError) as error:
                 problem = f"{url}: {error}"
         raise EngineError(f"cannot be reached ({problem})")
 
@@ -66,6 +69,11 @@ class Bulk:
     def close(self) -> None:
         """Leave."""
         self._socket.close()
+
+    def interrupt(self) -> None:
+        """End what another thread waits for: it sees the connection broken."""
+        with suppress(OSError, ValueError), socket.socket(fileno=os.dup(self._socket.fileno())) as twin:
+            twin.shutdown(socket.SHUT_RDWR)
 
     def put(self, subject: Callable[[int], str], chunks: Iterator[tuple[int, list[memoryview]]]) -> Iterator[int]:
         """Store chunks, each under the subject of its number.
@@ -135,9 +143,7 @@ class Bulk:
         self._exactly(body)
         if b"NATS/1.0 503" in headers:
             raise EngineError("the server has no such stream now")
-        answer = json.loads(bytes(body[:size]))
-        _check(answer, f"chunk {number}")
-        self.last = max(self.last, int(answer["seq"]))
+        self.last = max(self.last, sequence_in(body[:size], f"chunk {number}"))
         return number
 
     def _message(self) -> tuple[int, bytes, int]:
@@ -165,8 +171,10 @@ class Bulk:
             self._socket = tls_context(self._access.certificate).wrap_socket(plain, server_hostname=address.hostname)
         else:
             self._socket = plain
-        about = json.loads(self._line().removeprefix(b"INFO "))
-        signature = base64.urlsafe_b64encode(sign(self._access.seed, about["nonce"].encode())).rstrip(b"=").decode()
+        about = loads(self._line().removeprefix(b"INFO "))
+        signature = (
+            base64.urlsafe_b64encode(sign(self._access.seed, str(about["nonce"]).encode())).rstrip(b"=").decode()
+        )
         hello: dict[str, Any] = {
             "verbose": False, "pedantic": False, "headers": True, "no_responders": True, "protocol": 1,
             "lang": "potluck", "version": "1", "name": f"{self._access.name} chunks",
@@ -222,8 +230,8 @@ class Bulks:
         self._idle: list[tuple[Bulk, float]] = []
 
     @contextmanager
-    def one(self) -> Iterator[Bulk]:
-        """A connection for one transfer; it is kept if the transfer came to its end."""
+    def one(self, give_up: Callable[[], bool]) -> Iterator[Bulk]:
+        """A connection for one transfer; it is kept if the transfer came to its end, and broken if that is given up."""
         with self._lock:
             bulk, since = self._idle.pop() if self._idle else (None, 0.0)
         if bulk is not None and time.monotonic() - since > IDLE_SECONDS:
@@ -231,11 +239,12 @@ class Bulks:
             bulk = None
         bulk = bulk or Bulk(self._access)
         try:
-            yield bulk
+            with _interrupted(bulk, give_up):
+                yield bulk
         except BaseException:
             bulk.close()
             raise
-        if bulk.flying:
+        if bulk.flying or give_up():
             bulk.close()
             return
         with self._lock:
@@ -247,6 +256,26 @@ class Bulks:
             for bulk, _ in self._idle:
                 bulk.close()
             self._idle.clear()
+
+
+@contextmanager
+def _interrupted(bulk: Bulk, give_up: Callable[[], bool]) -> Iterator[None]:
+    """Break a connection soon after ``give_up`` says so, however long the socket would wait."""
+    over = threading.Event()
+
+    def look() -> None:
+        while not over.wait(LOOK_SECONDS):
+            if give_up():
+                bulk.interrupt()
+                return
+
+    watcher = threading.Thread(target=look, name="potluck-give-up", daemon=True)
+    watcher.start()
+    try:
+        yield
+    finally:
+        over.set()
+        watcher.join()  # it must not break what comes next on this connection
 
 
 class Waiting:

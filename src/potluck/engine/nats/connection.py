@@ -21,10 +21,12 @@ import nats.errors
 from nats.aio.client import Client as Nats
 from nats.aio.msg import Msg
 from nats.aio.subscription import Subscription
+from pydantic import BaseModel
 
 from potluck.engine.nats.identity import Invite, tls_context
 from potluck.engine.nats.subjects import Names
 from potluck.errors import EngineError, Outrun, Refused, StorageError
+from potluck.untrusted import Line, checked, loads
 
 logging.getLogger("asyncio").addFilter(lambda record: "eof_received" not in record.getMessage())  # nats-py with TLS
 PING_SECONDS = 5
@@ -154,11 +156,19 @@ class Connection:
         if not self._loop.is_running():
             self._loop.close()
 
-    def store(self, subject: str, data: bytes, patience: float = 60.0, after: int | None = None) -> int:
+    def store(
+        self,
+        subject: str,
+        data: bytes,
+        patience: float = 60.0,
+        after: int | None = None,
+        give_up: Callable[[], bool] = lambda: False,
+    ) -> int:
         """Put a message into a stream, and wait until the server has it.
 
         Args:
             after: Only if the subject's last message has this sequence number; 0 if it has none.
+            give_up: Whether to wait no longer.
 
         Returns:
             Its number in the stream.
@@ -169,19 +179,20 @@ class Connection:
             Refused: This key may not.
             EngineError: The server did not take it in time.
         """
-        until = time.monotonic() + patience
+        until, said = time.monotonic() + patience, False
         once = {"Nats-Msg-Id": secrets.token_hex(12)}  # however often it is sent, it is stored once
         if after is not None:
             once["Nats-Expected-Last-Subject-Sequence"] = str(after)
         while True:
             try:
-                answer = json.loads(self._request(subject, data, until - time.monotonic(), once).data)
-                _check(answer, f"storing {subject}")
-                return int(answer["seq"])
+                message = self._request(subject, data, until - time.monotonic(), once, give_up)
+                return sequence_in(message.data, f"storing {subject}")
             except StorageError:
-                if time.monotonic() > until:
+                if time.monotonic() > until or give_up():
                     raise
-                self._told("the server's store is full; trying again")
+                if not said:
+                    self._told("the server's store is full; trying again")
+                said = True
                 time.sleep(1.0)
 
     def api(self, verb: str, body: Any = None, patience: float = 30.0) -> dict[str, Any]:
@@ -191,9 +202,7 @@ class Connection:
             EngineError: It does not; the message says why.
         """
         data = b"" if body is None else json.dumps(body).encode()
-        answer: dict[str, Any] = json.loads(self._request(f"$JS.API.{verb}", data, patience).data)
-        _check(answer, verb)
-        return answer
+        return answer_in(self._request(f"$JS.API.{verb}", data, patience).data, verb)
 
     def last(self, direct: str, patience: float = 30.0) -> tuple[bytes, dict[str, str]] | None:
         """The last message of a subject, with its headers; ``None`` if there is none.
@@ -249,7 +258,14 @@ class Connection:
             raise EngineError("the server does not answer") from None
         return time.monotonic() - began
 
-    def _request(self, subject: str, data: bytes, patience: float, headers: dict[str, str] | None = None) -> Msg:
+    def _request(
+        self,
+        subject: str,
+        data: bytes,
+        patience: float,
+        headers: dict[str, str] | None = None,
+        give_up: Callable[[], bool] = lambda: False,
+    ) -> Msg:
         """Ask, again and again while the server is away."""
         until = time.monotonic() + patience
         while not self._closed:
@@ -263,7 +279,7 @@ class Connection:
                 problem = str(error) or type(error).__name__
             if refusal := next((v for v in self._violations[seen:] if f'"{subject}"'.lower() in v.lower()), ""):
                 raise Refused(refusal, _HINTS[Refused])
-            if time.monotonic() >= until:
+            if time.monotonic() >= until or give_up():
                 raise EngineError(
                     f"{', '.join(self.access.urls)}: {subject}: no answer ({problem})", _HINTS[EngineError]
                 )
@@ -353,12 +369,37 @@ _HINTS: dict[type[EngineError], str] = {
 }
 
 
-def _check(answer: Any, what: str) -> None:
-    """Raise what an answer of JetStream says went wrong."""
-    error = answer.get("error") if isinstance(answer, dict) else {"description": "no JSON"}
-    if not error:
-        return
-    text = f"{what}: {error.get('description', 'an error')}"
-    if error.get("err_code") in _STORE_IS_FULL:
+def sequence_in(data: bytes | bytearray | memoryview, what: str) -> int:
+    """Where a message was stored, by JetStream's answer; raises as `answer_in` does."""
+    answer = answer_in(data, what)
+    if type(answer.get("seq")) is not int:
+        raise EngineError(f"{what}: an answer without a place")
+    return int(answer["seq"])
+
+
+def answer_in(data: bytes | bytearray | memoryview, what: str) -> dict[str, Any]:
+    """An answer of JetStream.
+
+    Raises:
+        StorageError, Outrun, EngineError: What it says went wrong, or it is none.
+    """
+    try:
+        answer = checked(_Answer, loads(data))
+    except ValueError as wrong:
+        raise EngineError(f"{what}: not an answer of JetStream: {wrong}") from None
+    error = answer.error
+    if error is None:
+        return answer.model_extra or {}
+    text = f"{what}: {error.description}"
+    if error.err_code in _STORE_IS_FULL:
         raise StorageError(f"the message server's store is full ({text})", "give it more disk, or raise engine.storage")
-    raise Outrun(text) if error.get("err_code") in _WRONG_LAST_SEQUENCE else EngineError(text)
+    raise Outrun(text) if error.err_code in _WRONG_LAST_SEQUENCE else EngineError(text)
+
+
+class _Error(BaseModel):
+    err_code: int = 0
+    description: Line = "an error"
+
+
+class _Answer(BaseModel, extra="allow"):
+    error: _Error | None = None

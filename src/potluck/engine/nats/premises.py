@@ -17,6 +17,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from urllib.parse import urlsplit
 
+from pydantic import BaseModel
+
 from potluck.engine.nats.addresses import server_url
 from potluck.engine.nats.connection import Access
 from potluck.engine.nats.identity import (
@@ -34,6 +36,7 @@ from potluck.engine.nats.identity import (
 from potluck.engine.nats.server import LOOPBACK, ServerSettings
 from potluck.engine.nats.subjects import COORDINATOR, Names, Permissions, permissions_of
 from potluck.errors import EngineError, InviteError
+from potluck.untrusted import checked, load_json
 
 WATCHER = "watcher"
 CERTIFICATE = "certificate"
@@ -180,11 +183,30 @@ def _forget(folder: Path, rotate: Sequence[str]) -> None:
             (folder / "invites" / f"{role}.toml").unlink(missing_ok=True)
 
 
-def _run_of(folder: Path) -> str:
+class _Known(BaseModel):
+    run: str
+    keys: dict[str, str]
+
+
+def _known(folder: Path) -> _Known | None:
+    """The run's identity and keys, as they were kept.
+
+    Raises:
+        InviteError: They are damaged.
+    """
+    path = folder / "run.json"
+    if not path.exists():
+        return None
     try:
-        return str(json.loads((folder / "run.json").read_text())["run"])
-    except (OSError, ValueError, KeyError):
-        return secrets.token_hex(6)
+        return checked(_Known, load_json(path))
+    except (OSError, ValueError) as error:
+        hint = "restore it; or delete it: then everybody needs a new invite"
+        raise InviteError(f"{path}: damaged ({error})", hint) from None
+
+
+def _run_of(folder: Path) -> str:
+    known = _known(folder)
+    return secrets.token_hex(6) if known is None else known.run
 
 
 def _own_key(folder: Path, role: str) -> str:
@@ -192,10 +214,8 @@ def _own_key(folder: Path, role: str) -> str:
     path = folder / "invites" / f"{role}.toml"
     if not path.exists() or load_invite(path).seed:
         return ""
-    try:
-        return str(json.loads((folder / "run.json").read_text())["keys"][role])
-    except (OSError, ValueError, KeyError):
-        return ""
+    known = _known(folder)
+    return "" if known is None else known.keys.get(role, "")
 
 
 def _certificate(folder: Path, place: Place) -> str:

@@ -196,7 +196,7 @@ class Site:
             frame = signed(post.seed, facts, b"".join(packed.parts) if inline else b"")
             digest = payload["sha256"] if payload else hashlib.sha256(frame).hexdigest()
             self._leaving(name, contribution, len(frame) + (0 if inline else packed.size), digest)
-        post.connection.store(post.names.reply(self.name), frame, patience=600.0)
+        post.connection.store(post.names.reply(self.name), frame, patience=600.0, give_up=give_up)
         if contribution is not None and payload and not inline:  # the coordinator fetches it as it comes
             post.blobs.put(self.name, payload["sha256"], packed.parts, give_up)
 
