@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -44,6 +43,7 @@ from potluck.updates import codec
 Result = dict[str, Any]
 CONNECT_SECONDS = 30.0
 END_SECONDS = 10.0
+FAILED_LOOKS = 20  # at streams, of some seconds each, before a server of ours gets a new store
 _AGAIN = "the same command goes on with it"
 _LEAVING = (
     "leaving once the task under way is answered; the run goes on without this participant. "
@@ -93,8 +93,8 @@ def _hosted(
         server = left.enter_context(_server(premises, storage, journal))
         connection = left.enter_context(_connected(premises.access(), journal))
         assert isinstance(recipe.engine, Nats)
-        store = (connection, premises.names, premises.participants, storage, recipe.engine.replicas)
-        _make_streams(store, server)
+        streams = _Streams(connection, premises, storage, recipe.engine.replicas, server)
+        streams.make()
         claim = Claim(connection, premises.names, COORDINATOR, session_of(folder / "host"), recipe.engine.silence)
         claim.make(stopping, journal)
         blobs = _blobs(recipe, connection, premises.names, journal)
@@ -102,9 +102,7 @@ def _hosted(
         post = Post(connection, premises.names, premises.seed, premises.keys, blobs, codec, folder_in)
         _tell_how_to_join(premises, recipe, console)
         refusals = _Refusals(journal)
-        engine = left.enter_context(
-            closing(start_engine(recipe, post, refusals.add, claim, partial(mend_streams, *store)))
-        )
+        engine = left.enter_context(closing(start_engine(recipe, post, refusals.add, claim, streams.mend)))
         hosted = gather(recipe, engine, post, folder, journal, stopping)
         checkpoint = newest_checkpoint(folder)
         past = history(folder, checkpoint)
@@ -126,22 +124,48 @@ def _hosted(
             engine.end("the run is finished", END_SECONDS)
 
 
-def _make_streams(store: tuple[Connection, Names, Sequence[str], int, int], server: Server | None) -> None:
-    """The run's streams; a server of ours whose store does not let them be made gets a new one.
+class _Streams:
+    """The run's streams on the server: made, looked after, and mended.
 
-    Raises:
-        StorageError: There is too little room for them.
-        EngineError: A server that is not ours does not make them.
+    Args:
+        server: Ours; ``None`` if it is somebody else's, whose store we cannot renew.
     """
-    try:
-        make_streams(*store)
-    except (StorageError, Refused):
-        raise
-    except EngineError as error:
-        if server is None:
+
+    def __init__(self, connection: Connection, premises: Premises, storage: int, replicas: int, server: Server | None):
+        self._arguments = (connection, premises.names, premises.participants, storage, replicas)
+        self._server, self._failed = server, 0
+
+    def make(self) -> None:
+        """Make what is not there.
+
+        Raises:
+            StorageError: There is too little room for them.
+            EngineError: A server that is not ours does not make them.
+        """
+        try:
+            make_streams(*self._arguments)
+        except EngineError as error:
+            if self._server is None or isinstance(error, Refused):
+                raise
+            self._server.start_anew(str(error))
+            make_streams(*self._arguments)
+
+    def mend(self) -> list[str]:
+        """Make anew what was lost, and say what that was; a server of ours that cannot for long gets a new store.
+
+        Raises:
+            StorageError, EngineError: As ``make`` does; or the server is away.
+        """
+        try:
+            lost = mend_streams(*self._arguments)
+        except EngineError as error:
+            self._failed += 1
+            if self._server is not None and self._failed == FAILED_LOOKS and self._server.running() is not None:
+                self._failed = 0
+                self._server.start_anew(str(error))
             raise
-        server.start_anew(str(error))
-        make_streams(*store)
+        self._failed = 0
+        return lost
 
 
 class _Refusals:

@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 if TYPE_CHECKING:
-    from tests.conftest import Potluck, Process
+    from tests.conftest import Potluck, Process, Tables
 
 ROOT = Path(__file__).parents[2]
 MBIT, LATENCY_MS = 20, 50
@@ -205,3 +205,9 @@ def loopback(potluck: Potluck, tmp_path: Path) -> Iterator[Network]:
 def network(request: pytest.FixtureRequest) -> Any:
     """Either."""
     return request.getfixturevalue(request.param)
+
+
+@pytest.fixture
+def sources(tables: Tables) -> dict[str, dict[str, Any]]:
+    """Each participant's text."""
+    return {participant["name"]: participant["source"] for participant in tables["participants"]}

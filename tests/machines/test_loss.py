@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from tests.machines.test_machines import Hosted, sources  # noqa: F401 - a fixture
+from tests.machines.test_machines import Hosted
 
 if TYPE_CHECKING:
     from tests.conftest import Potluck, Tables
@@ -61,7 +61,7 @@ def lose(hosted: Hosted, loss: Callable[[Path], None]) -> None:
 def test_whatever_the_server_loses_the_weights_are_those_of_the_undisturbed_run(
     potluck: Potluck,
     tables: Tables,
-    sources: dict[str, dict[str, Any]],  # noqa: F811
+    sources: dict[str, dict[str, Any]],
     tmp_path: Path,
     final_hash: Callable[[Path], str],
     events: Callable[..., Any],

@@ -10,7 +10,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import pytest
 import tomli_w
 
 from potluck.recipe import load_recipe
@@ -54,11 +53,6 @@ class Hosted:
 
     def said(self) -> str:
         return self.coordinator.err.read_text()[-3000:]
-
-
-@pytest.fixture
-def sources(tables: Tables) -> dict[str, dict[str, Any]]:
-    return {participant["name"]: participant["source"] for participant in tables["participants"]}
 
 
 def test_the_demo_on_four_machines_has_the_weights_of_one_process(

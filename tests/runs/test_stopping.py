@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import queue
 import signal
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -11,6 +13,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 from potluck.records.checkpoint import list_checkpoints
+from potluck.stopping import Stopping
 
 if TYPE_CHECKING:
     from tests.conftest import Events, Potluck, Process
@@ -87,3 +90,19 @@ def test_before_the_first_round_it_can_be_stopped_too(potluck: Potluck, kept: Ke
     assert ended.code == 130 and "Traceback" not in ended.err
     assert "potluck resume run" in ended.err
     potluck("resume", "run")
+
+
+def test_a_thread_that_dies_ends_what_the_main_thread_waits_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(threading, "excepthook", lambda death: None)  # pytest would tell of it
+
+    def die() -> None:
+        raise LookupError("a defect")
+
+    def wait() -> None:
+        with Stopping():
+            threading.Thread(target=die).start()
+            queue.Queue[None]().get(timeout=20)
+
+    with pytest.raises(RuntimeError, match="a thread of this process died") as caught:
+        wait()
+    assert isinstance(caught.value.__cause__, LookupError)
