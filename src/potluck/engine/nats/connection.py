@@ -13,7 +13,7 @@ import secrets
 import threading
 import time
 from collections.abc import Callable, Coroutine, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -239,9 +239,9 @@ class Connection:
             if self._nats is not None and self._nats.is_connected:
                 await self._nats.publish(subject, data)
 
-        if self._closed:
-            return
-        asyncio.run_coroutine_threadsafe(publish(), self._loop)
+        if not self._closed:
+            with suppress(EngineError):
+                self._begin(publish())
 
     def ping(self) -> float:
         """Seconds to the server and back.
@@ -340,10 +340,7 @@ class Connection:
         await asyncio.gather(*others, return_exceptions=True)
 
     def _run(self, work: Coroutine[Any, Any, T], timeout: float) -> T:
-        if self._closed:
-            work.close()
-            raise EngineError("the connection is closed")
-        future = asyncio.run_coroutine_threadsafe(work, self._loop)
+        future = self._begin(work)
         try:
             return future.result(timeout)
         except (asyncio.CancelledError, concurrent.futures.CancelledError):
@@ -351,6 +348,16 @@ class Connection:
         except TimeoutError:
             future.cancel()
             raise
+
+    def _begin(self, work: Coroutine[Any, Any, T]) -> concurrent.futures.Future[T]:
+        """Let the loop do something; it may be closed at any time by another thread."""
+        try:
+            if not self._closed:
+                return asyncio.run_coroutine_threadsafe(work, self._loop)
+        except RuntimeError:
+            pass
+        work.close()
+        raise EngineError("the connection is closed")
 
     async def _on_error(self, error: Exception) -> None:
         text = str(error)

@@ -355,7 +355,7 @@ class NatsEngine:
                 self._inbox.put(error)
                 return
             except PotluckError as error:  # the connection says itself that the server is away
-                self._refusals.add(SERVER, f"does not do what it should: {error}")
+                self._refusals.add(SERVER, f"did not do what it should: {error}")
 
     def _let_go(self) -> None:
         """Whoever says that it leaves takes its open tasks with it; whoever shares its invite is told of."""

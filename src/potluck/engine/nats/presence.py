@@ -27,6 +27,7 @@ class Presence:
     def __init__(self, connection: Connection, names: Names, claim: Claim) -> None:
         self._connection, self._names, self._claim = connection, names, claim
         self._about: bytes | None = None
+        self._left = False
         self.progress: dict[str, Any] = {"status": "working"}
 
     def tell_about(self, frame: bytes) -> None:
@@ -63,9 +64,11 @@ class Presence:
             AlreadyServed: Another process coordinates this run now.
             EngineError: The server is away.
         """
-        self._claim.renew(self.progress, patience=2.0)
+        if not self._left:
+            self._claim.renew(self.progress, patience=2.0)
 
     def leave(self) -> None:
         """Say goodbye, if the server is there: another process of this run may coordinate at once."""
+        self._left = True
         with suppress(PotluckError):
             self._claim.renew({**self.progress, "status": "left"}, patience=2.0)

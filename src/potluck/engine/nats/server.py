@@ -175,7 +175,8 @@ class Server:
     def reload(self) -> None:
         """Let it read its configuration again: users may have changed."""
         if (pid := self.running()) is not None:
-            os.kill(pid, signal.SIGHUP)
+            with suppress(OSError):
+                os.kill(pid, signal.SIGHUP)
 
     def stop(self, patience: float = 10.0) -> None:
         """End it in order."""
@@ -187,7 +188,8 @@ class Server:
     def _end(self, patience: float) -> None:
         if (pid := self.running()) is None:
             return
-        os.kill(pid, signal.SIGTERM)
+        with suppress(OSError):
+            os.kill(pid, signal.SIGTERM)
         until = time.monotonic() + patience
         while self.running() is not None and time.monotonic() < until:
             time.sleep(0.02)

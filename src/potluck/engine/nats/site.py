@@ -101,8 +101,8 @@ class Site:
         threading.Thread(target=self._beat, name="potluck-heartbeat", daemon=True).start()
 
     def say(self, **facts: Any) -> None:
-        """Change what the signs of life say, and send one; where something lies on this machine is not said."""
-        self._said |= {key: without_folders(value) if key == "reason" else value for key, value in facts.items()}
+        told = {key: without_folders(value) if key == "reason" else value for key, value in facts.items()}
+        self._said = {**self._said, **told}
         self._changed.set()
 
     def next(self, wait: float) -> Received | None:
@@ -150,7 +150,7 @@ class Site:
             try:
                 self.post.blobs.get(None, digest, size, path, give_up, lambda: self.say(lacks=digest))
             finally:
-                self._said.pop("lacks", None)
+                self._said = {key: value for key, value in self._said.items() if key != "lacks"}
         return path
 
     def task(self, received: Received, give_up: Callable[[], bool]) -> Task:
