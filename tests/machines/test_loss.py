@@ -108,7 +108,7 @@ def test_a_host_starts_on_a_damaged_store_and_names_it(
     assert all(process.wait(20).code == 0 for process in joined)
 
 
-def test_a_copied_run_folder_is_the_same_run_and_is_refused(
+def test_a_copied_folder_is_the_same_run_and_the_same_participant_and_is_refused(
     potluck: Potluck,
     tables: Tables,
     sources: dict[str, dict[str, Any]],
@@ -128,7 +128,13 @@ def test_a_copied_run_folder_is_the_same_run_and_is_refused(
     same_server = potluck("host", recipe, *where, *certificate, *copied, code=11).result
     assert "another process coordinates this run" in same_server["error"], same_server
 
-    joined = [hosted.join(name, source) for name, source in sources.items()]
+    ada = hosted.join("ada", sources["ada"])
+    hosted.until(lambda: "ready" in ada.err.read_text())
+    shutil.copytree(tmp_path / "at-ada", tmp_path / "copy-of-ada", ignore=shutil.ignore_patterns("lock"))
+    words = ("--invite", hosted.invite("ada"), "--part", tmp_path / "ada.toml", "--folder", tmp_path / "copy-of-ada")
+    copy = potluck("join", *words, "--json", code=11).result
+    assert "another process takes part as ada" in copy["error"], copy
+    joined = [ada, *(hosted.join(name, sources[name]) for name in ("bob", "eve"))]
     assert hosted.coordinator.wait().code == 0, hosted.said()
     assert all(process.wait(20).code == 0 for process in joined)
 

@@ -208,7 +208,9 @@ def test_one_invite_is_served_by_one_process(
 
     elsewhere = ("--invite", hosted.invite("ada"), "--data", sources["ada"]["path"], "--folder", tmp_path / "elsewhere")
     second = potluck("join", *elsewhere, "--json", code=11).result
-    assert "takes part already, from another machine" in second["error"] and "one machine" in second["hint"]
+    assert (
+        "another process takes part as ada, on another machine" in second["error"] and "one machine" in second["hint"]
+    )
     hosted.until(lambda: "another process tried to take part as ada" in first.err.read_text())
     hosted.until(lambda: "another process with the same invite" in hosted.said())
 
@@ -216,7 +218,7 @@ def test_one_invite_is_served_by_one_process(
     other = potluck.start("join", *elsewhere, "--json")
     hosted.until(lambda: "ready" in other.err.read_text())
     first.signal(signal.SIGCONT)
-    assert "another process has taken over" in first.wait(20).result["error"] and first.wait().code == 11
+    assert "another process takes part as ada now" in first.wait(20).result["error"] and first.wait().code == 11
     bob = hosted.join("bob", sources["bob"])
     assert hosted.coordinator.wait().code == 0, hosted.said()
     assert [p.wait(20).result["ended"] for p in (other, bob)] == ["the run is finished"] * 2
