@@ -16,12 +16,7 @@ from rich.text import Text
 from potluck.engine.nats.about import participants_of
 from potluck.engine.nats.bulk import Bulk
 from potluck.engine.nats.connection import Access, Connection, access_of
-<<<<<<< HEAD
-from potluck.engine.nats.frames import read_frame
 from potluck.engine.nats.identity import Invite, load_invite, own_invite, tls_context
-=======
-from potluck.engine.nats.identity import Invite, load_invite, read_or_make_seed, tls_context
->>>>>>> 701960c (Read every message typed and bounded; take every task by one road)
 from potluck.engine.nats.members import Members
 from potluck.engine.nats.premises import WATCHER
 from potluck.engine.nats.signs import read_progress
