@@ -43,7 +43,7 @@ from potluck.updates import codec
 Result = dict[str, Any]
 CONNECT_SECONDS = 30.0
 END_SECONDS = 10.0
-FAILED_LOOKS = 20  # at streams, of some seconds each, before a server of ours gets a new store
+FAILED_LOOKS = 8  # at streams, a second or more each, before a server of ours gets a new store
 _AGAIN = "the same command goes on with it"
 _LEAVING = (
     "leaving once the task under way is answered; the run goes on without this participant. "
@@ -133,7 +133,7 @@ class _Streams:
 
     def __init__(self, connection: Connection, premises: Premises, storage: int, replicas: int, server: Server | None):
         self._arguments = (connection, premises.names, premises.participants, storage, replicas)
-        self._server, self._failed = server, 0
+        self._connection, self._server, self._failed = connection, server, 0
 
     def make(self) -> None:
         """Make what is not there.
@@ -159,10 +159,12 @@ class _Streams:
         try:
             lost = mend_streams(*self._arguments)
         except EngineError as error:
-            self._failed += 1
-            if self._server is not None and self._failed == FAILED_LOOKS and self._server.running() is not None:
-                self._failed = 0
-                self._server.start_anew(str(error))
+            if self._server is not None and self._server.running() is not None:
+                self._connection.ping()  # one that does not answer at all may be busy or suspended
+                self._failed += 1
+                if self._failed == FAILED_LOOKS:
+                    self._failed = 0
+                    self._server.start_anew(str(error))
             raise
         self._failed = 0
         return lost
