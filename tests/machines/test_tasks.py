@@ -190,7 +190,7 @@ def test_what_a_run_is_about_is_read_with_care(hostile: Hostile) -> None:
         ({"recipe": []}, "recipe"),
         ({"end_of_text": None}, "which token ends a text"),
         ({"end_of_text": "2"}, "end_of_text"),
-        ({"end_of_text": 10**400}, "2^64"),
+        ({"end_of_text": 10**400}, "401 digits"),
         ({"stops": ["x"]}, "stops"),
         ({"parameters": "many"}, "parameters"),
         ({"run": "ba9876543210"}, "another run"),

@@ -101,6 +101,7 @@ class Site:
         threading.Thread(target=self._beat, name="potluck-heartbeat", daemon=True).start()
 
     def say(self, **facts: Any) -> None:
+        """Change what the signs of life say, and send one; where something lies on this machine is not said."""
         told = {key: without_folders(value) if key == "reason" else value for key, value in facts.items()}
         self._said = {**self._said, **told}
         self._changed.set()
