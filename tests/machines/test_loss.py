@@ -10,8 +10,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import pytest
-
 from tests.machines.test_machines import Hosted
 
 if TYPE_CHECKING:
@@ -137,18 +135,3 @@ def test_a_copied_folder_is_the_same_run_and_the_same_participant_and_is_refused
     joined = [ada, *(hosted.join(name, sources[name]) for name in ("bob", "eve"))]
     assert hosted.coordinator.wait().code == 0, hosted.said()
     assert all(process.wait(20).code == 0 for process in joined)
-
-
-@pytest.mark.parametrize("line", ["[" * 100_000, '{"event": "round", "x": ' + "[" * 200 + "]" * 200 + "}", '{"event"'])
-def test_a_damaged_event_log_is_named(potluck: Potluck, recipe_file: Path, tmp_path: Path, line: str) -> None:
-    run = tmp_path / "run"
-    potluck("train", recipe_file, "--set", f"records.folder={run}")
-    log = run / "events.jsonl"
-    lines = log.read_text().splitlines()
-    log.write_text("\n".join([*lines[:2], line, *lines[2:]]) + "\n")
-    found = potluck("report", run, "--json", code=7).result
-    assert "events.jsonl: line 3 is not an event" in found["error"]
-    state = max(run.glob("checkpoints/round-*")) / "state.json"
-    state.write_text(line)
-    found = potluck("generate", run, "x", "--json", code=7).result
-    assert "damaged" in found["error"] and state.parent.name in found["error"]
