@@ -274,7 +274,8 @@ def test_the_server_does_for_nobody_what_he_may_not_do_himself(world: World) -> 
     assert world.connection.last(names.direct(names.states, names.about))[0] == about
     assert world.connection.api(f"STREAM.INFO.{names.tasks}")["state"]["messages"] == 1
     assert world.connection.api(f"STREAM.INFO.{names.replies}")["state"]["last_seq"] == 0
-    assert world.connection.last(names.direct(f"KV_{names.members}", names.member(COORDINATOR))) is None
+    said, _ = world.connection.last(names.direct(f"KV_{names.members}", names.member(COORDINATOR)))
+    assert json.loads(said)["session"] == "here", "the coordinator's own"
 
 
 def test_a_full_store_is_said_and_everybody_goes_on(tmp_path: Path) -> None:

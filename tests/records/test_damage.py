@@ -38,7 +38,7 @@ def test_damage_is_named(tmp_path: Path, damage: str) -> None:
 
     save_checkpoint(tmp_path, 7, {"task": "x"}, {"part": {"x": torch.ones(3)}})
     (tmp_path / "round-000007" / "state.json").write_text(damage)
-    with pytest.raises(CheckpointError, match="round-000007.*damaged"):
+    with pytest.raises(CheckpointError, match=r"round-000007.*damaged"):
         load_checkpoint(tmp_path)
     (tmp_path / "attempts.json").write_text(damage)
     assert attempts(tmp_path) == {}
@@ -46,7 +46,7 @@ def test_damage_is_named(tmp_path: Path, damage: str) -> None:
     (tmp_path / "run.json").write_text(damage)
     with pytest.raises(RunFolderError, match="not a run folder"):
         open_run(tmp_path)
-    with pytest.raises(InviteError, match="run.json: damaged"):
+    with pytest.raises(InviteError, match=r"run.json: damaged"):
         open_premises(tmp_path, "tiny", ["ada"], Place(), {})
 
 
