@@ -71,4 +71,5 @@ def read_progress(data: bytes) -> dict[str, Any]:
     Raises:
         ValueError: It does not say so.
     """
-    return checked(_Progress, loads(data, most_bytes=MAX_BYTES)).model_dump(exclude_unset=True)
+    found = checked(_Progress, loads(data, most_bytes=MAX_BYTES))
+    return found.model_dump(exclude_unset=True, exclude={"session", "process", "refused"})
