@@ -74,7 +74,7 @@ class NatsEngine:
         self._began, self._count = time.monotonic(), 0
         self._over = threading.Event()
         self._inbox: queue.Queue[Reply | PotluckError | tuple[ParticipantId, str, int]] = queue.Queue()
-        self._refusals = Refusals(lambda *told: self._inbox.put(told))
+        self._refusals = Refusals(lambda who, why, count: self._inbox.put((who, why, count)))
         members.refused = self._refusals.add
         self._tasks = UnderWay()
         self._contested: set[ParticipantId] = set()  # told of already
