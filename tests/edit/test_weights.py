@@ -54,8 +54,18 @@ def test_rome_makes_one_key_true() -> None:
 
 def test_memit_is_ridge_regression() -> None:
     keys, residuals, moment = random_sums()
-    expected = residuals.T @ keys @ torch.linalg.inv(3 * moment + keys.T @ keys)
-    assert torch.allclose(memit_update(*sums(keys, residuals), moment, 3.0), expected, atol=1e-8)
+    ridge = 0.1 * moment.diagonal().median() * torch.eye(len(moment), dtype=torch.float64)
+    expected = residuals.T @ keys @ torch.linalg.inv(3 * (moment + ridge) + keys.T @ keys)
+    assert torch.allclose(memit_update(*sums(keys, residuals), moment, 3.0, 0.1), expected, atol=1e-8)
+
+
+def test_memit_is_bounded_where_the_text_uses_few_directions() -> None:
+    keys, residuals, moment = random_sums()
+    used = torch.linalg.eigh(moment)[1][:, 12:]
+    few = used @ used.T @ moment @ used @ used.T
+    keys[1] = keys[0] + 1e-3 * keys[1]  # one subject, asked about in two ways
+    some = sums(keys[:2], residuals[:2])
+    assert memit_update(*some, few, 100.0).norm() < 0.05 * memit_update(*some, few, 100.0, 1e-12).norm()
 
 
 def test_alphaedit_is_the_papers_formula_and_leaves_the_text_alone() -> None:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from potluck.errors import EditError
 
-_ROUNDING = 1e-12  # of the mean diagonal, added where a sum is nearly singular: rounding is relative to the largest
+RIDGE = 0.003  # of MEMIT: in directions that a text does not use, nothing else bounds what is written
 
 
 def sums(keys: Tensor, residuals: Tensor) -> tuple[Tensor, Tensor]:
@@ -35,20 +35,21 @@ def rome_update(key: Tensor, residual: Tensor, moment: Tensor, ridge: float) -> 
     return torch.outer(residual, u) / (u @ key)
 
 
-def memit_update(m: Tensor, g: Tensor, moment: Tensor, weight: float) -> Tensor:
-    """``Δ = M (λ C + G)⁻¹`` (MEMIT, arXiv 2210.07229).
+def memit_update(m: Tensor, g: Tensor, moment: Tensor, weight: float, ridge: float = RIDGE) -> Tensor:
+    """``Δ = M (λ (C + ridge c̃ I) + G)⁻¹`` (MEMIT, arXiv 2210.07229, there without a ridge).
+
+    A text of 9,000 tokens uses hardly half of 1,536 directions. Keys of one subject in several questions differ by
+    little, partly in the others, and what makes that difference true is as large as you like.
 
     Args:
         m, g: Summed statistics of the edits.
-        moment: C; what earlier edits need may be added to it.
+        moment: C; what earlier edits need may be added to it. ``c̃`` is the median of its diagonal (`regular`).
         weight: λ.
 
     Raises:
         EditError: The sum is not positive definite: what came is no sum of squares, or λ is too small.
     """
-    total = weight * moment + g
-    total.diagonal().add_(_ROUNDING * float(total.diagonal().mean()))
-    return _right_divided(m, total)
+    return _right_divided(m, weight * regular(moment, ridge) + g)
 
 
 def null_space(moment: Tensor, free: float) -> Tensor:
