@@ -25,7 +25,8 @@ from potluck.engine.nats.streams import make_streams, mend_streams
 from potluck.engine.nats.subjects import COORDINATOR, Names
 from potluck.errors import EngineError, InviteError, PolicyError, Refused, RunFolderError, StorageError
 from potluck.hosting import gather, start_engine
-from potluck.joining import Joined, attend, understand
+from potluck.joined import Joined
+from potluck.joining import attend, understand
 from potluck.participant import EDITING
 from potluck.preflight import forecast
 from potluck.recipe import Recipe, load_recipe

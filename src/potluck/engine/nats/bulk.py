@@ -21,7 +21,8 @@ from types import TracebackType
 from typing import Any
 from urllib.parse import urlsplit
 
-from potluck.engine.nats.connection import CONNECT_SECONDS, Access, sequence_in
+from potluck.engine.nats.answers import sequence_in
+from potluck.engine.nats.connection import CONNECT_SECONDS, Access
 from potluck.engine.nats.identity import public_key, sign, tls_context
 from potluck.errors import Damaged, EngineError, Missing
 from potluck.untrusted import loads
