@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM: first finish the round, then stop at once. A thread that dies ends the run, too."""
+"""Ctrl-C and SIGTERM: first finish the round, then stop at once. A thread that fails ends the run, too."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ class Stopping:
 
     def __init__(self, means: str = RUN) -> None:
         self._said, self._requested = f"\n{means}\n".encode(), False
-        self._died: BaseException | None = None
+        self._failure: BaseException | None = None
 
     def __call__(self) -> bool:
         """Whether a stop was requested."""
@@ -29,8 +29,8 @@ class Stopping:
 
     def __enter__(self) -> Stopping:
         self._before = {number: signal.signal(number, self._receive) for number in (signal.SIGINT, signal.SIGTERM)}
-        self._before[signal.SIGUSR2] = signal.signal(signal.SIGUSR2, self._bury)
-        self._hook, threading.excepthook = threading.excepthook, self._mourn
+        self._before[signal.SIGUSR2] = signal.signal(signal.SIGUSR2, self._raise_failure)
+        self._hook, threading.excepthook = threading.excepthook, self._thread_failed
         return self
 
     def __exit__(
@@ -47,13 +47,13 @@ class Stopping:
         # Not through the console: the signal may have come while that was writing.
         os.write(2, self._said)
 
-    def _mourn(self, death: threading.ExceptHookArgs) -> None:
-        """In the thread that died: wake the main thread, whatever it waits for."""
-        self._hook(death)
-        if self._died is None:
-            self._died = death.exc_value or death.exc_type()
+    def _thread_failed(self, failed: threading.ExceptHookArgs) -> None:
+        """In the thread that failed: wake the main thread, whatever it waits for."""
+        self._hook(failed)
+        if self._failure is None:
+            self._failure = failed.exc_value or failed.exc_type()
             signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGUSR2)
 
-    def _bury(self, number: int, frame: FrameType | None) -> None:
-        if self._died is not None:
-            raise RuntimeError("a thread of this process died; a run cannot go on without it") from self._died
+    def _raise_failure(self, number: int, frame: FrameType | None) -> None:
+        if self._failure is not None:
+            raise RuntimeError("a thread of this process failed; a run cannot go on without it") from self._failure

@@ -103,6 +103,6 @@ def test_a_thread_that_dies_ends_what_the_main_thread_waits_for(monkeypatch: pyt
             threading.Thread(target=die).start()
             queue.Queue[None]().get(timeout=20)
 
-    with pytest.raises(RuntimeError, match="a thread of this process died") as caught:
+    with pytest.raises(RuntimeError, match="a thread of this process failed") as caught:
         wait()
     assert isinstance(caught.value.__cause__, LookupError)

@@ -1,4 +1,4 @@
-"""Work behind one's back whose death is heard."""
+"""Background threads whose exceptions are reported."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 
 
 class Helpers:
-    """Threads that do what they are given; what leaves one is told to ``threading.excepthook``, as of any thread.
+    """Threads that do what they are given; an exception in one goes to ``threading.excepthook``, as of any thread.
 
     Args:
         count: Of threads.
@@ -21,14 +21,14 @@ class Helpers:
 
     def submit(self, work: Callable[..., object], *arguments: Any) -> None:
         """Do something soon."""
-        self._pool.submit(_audible, work, *arguments)
+        self._pool.submit(_reporting, work, *arguments)
 
     def close(self) -> None:
         """Begin nothing more."""
         self._pool.shutdown(wait=False, cancel_futures=True)
 
 
-def _audible(work: Callable[..., object], *arguments: Any) -> None:
+def _reporting(work: Callable[..., object], *arguments: Any) -> None:
     try:
         work(*arguments)
     except Exception:
