@@ -293,7 +293,7 @@ CONFIG_CHANGES: dict[str, tuple[dict[str, Any], str]] = {
     "another kind": ({"peft_type": "LOHA"}, "LOHA"),
     "a setting of the future": ({"use_something_new": True}, "use_something_new"),
     "another rank": ({"r": 5}, "rank 4"),
-    "no number": ({"lora_alpha": math.nan}, "alpha nan"),
+    "no number": ({"lora_alpha": math.nan}, "NaN"),
     "no expression": ({"rank_pattern": {"[": 4}}, "regular expression"),
     "an endless expression": ({"rank_pattern": {"(.*)*x": 4}}, "not supported"),
     "no table": ({"alpha_pattern": 3}, "table"),

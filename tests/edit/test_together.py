@@ -19,7 +19,7 @@ from potluck.aggregation.statistics import SummedStatistics
 from potluck.compose.base import load_base
 from potluck.contribution import Contribution, Header, Task
 from potluck.corpus.world import documents_of, facts
-from potluck.edit.closed_form import alphaedit_update, asked_in, memit_update, null_space
+from potluck.edit.closed_form import RIDGE, alphaedit_update, asked_in, memit_update, null_space
 from potluck.edit.facts import Edit, write_edits
 from potluck.edit.layout import layout_of
 from potluck.edit.together import site as site_module
@@ -151,6 +151,7 @@ def pooled(editing: Editing, parties: Mapping[str, Party], past: Mapping[int, Te
         r = torch.cat([(party.z - party.end(seen)) / share for party in parties.values()]).T
         c, g_past = TEXT[layer].T @ TEXT[layer] / len(TEXT[layer]), (past or {}).get(layer, torch.zeros_like(eye))
         if editing.method == "memit":
+            c = c + RIDGE * c.diagonal().median() * eye
             delta = r @ k.T @ torch.linalg.inv(editing.moment_weight * c + g_past + k @ k.T)
         else:
             u = null_space(c, editing.free_directions)

@@ -42,8 +42,8 @@ def memit_update(m: Tensor, g: Tensor, moment: Tensor, weight: float, ridge: flo
     little, partly in the others, and what makes that difference true is as large as you like.
 
     Args:
-        m, g: Summed statistics of the edits.
-        moment: C; what earlier edits need may be added to it. ``c̃`` is the median of its diagonal (`regular`).
+        m, g: Summed statistics of the edits; the G of earlier ones may be added to g, which then stay.
+        moment: C; ``c̃`` is the median of its diagonal (`regular`).
         weight: λ.
 
     Raises:

@@ -193,7 +193,7 @@ class WeightEditor:
                 self._free[layer, settings.free] = null_space(moment, settings.free)
             free = self._free[layer, settings.free]
             return alphaedit_update(m, g, past, free, settings.null_weight * asked_in(g, free, len(keys)))
-        return memit_update(m, g, moment + past / settings.moment_weight * settings.remember, settings.moment_weight)
+        return memit_update(m, g + past * settings.remember, moment, settings.moment_weight)
 
 
 def weight_editor(base: Base, moments: Statistics, settings: WeightSettings, hold: Sequence[Edit] = ()) -> WeightEditor:

@@ -318,7 +318,7 @@ def update_of(editing: Editing, m: Tensor, g: Tensor, moment: Tensor, past: Tens
     if editing.method == "alphaedit":
         free = null_space(moment, editing.free_directions)
         return alphaedit_update(m, g, past, free, editing.null_weight * asked_in(g, free, edits))
-    return memit_update(m, g, moment + past / editing.moment_weight, editing.moment_weight)
+    return memit_update(m, g + past, moment, editing.moment_weight)
 
 
 def read_contexts(said: object) -> str:
