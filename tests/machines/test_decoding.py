@@ -114,7 +114,7 @@ def test_who_joined_answers_with_its_own_model(tmp_path: Path, recipe_file: Path
     sent = Sent(tmp_path / "at" / "sent.jsonl", part.limits)
     over, failures = threading.Event(), list[Exception]()
     try:
-        say_about(world.post(COORDINATOR), recipe, vocabulary, network)
+        say_about(world.engine, world.post(COORDINATOR), recipe, vocabulary, network)
         site = Site(world.post("ada"), "ada", recipe.engine, lambda _: None)
         mine = local_recipe(recipe, "ada", part, str(tmp_path / "shards"))
         own_model = Path(part.predicts_with)

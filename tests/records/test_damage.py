@@ -13,6 +13,7 @@ from potluck.local_store import LocalStore
 from potluck.records.checkpoint import attempts, load_checkpoint, save_checkpoint
 from potluck.records.events import EventLog, read_events
 from potluck.records.folder import open_run
+from potluck.updates.codec import payload_parts
 
 DAMAGES = [
     "[" * 100_000,
@@ -36,7 +37,7 @@ def test_damage_is_named(tmp_path: Path, damage: str) -> None:
     with pytest.raises(CheckpointError, match="line 2 is not an event"):
         list(read_events(path))
 
-    save_checkpoint(tmp_path, 7, {"task": "x"}, {"part": {"x": torch.ones(3)}})
+    save_checkpoint(tmp_path, 7, {"task": "x"}, {"part": payload_parts({"x": torch.ones(3)})})
     (tmp_path / "round-000007" / "state.json").write_text(damage)
     with pytest.raises(CheckpointError, match=r"round-000007.*damaged"):
         load_checkpoint(tmp_path)

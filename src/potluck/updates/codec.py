@@ -25,6 +25,7 @@ from potluck.updates.framing import FORMAT, as_json, fields_of, message_bytes, p
 
 MAX_FIELDS_BYTES = 1 << 20
 _DTYPES = {torch.int64: "I64", torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16", torch.uint8: "U8"}
+_KEPT = {**_DTYPES, torch.float64: "F64"}  # on a disk of one's own
 _FIELDS = {"format", "message", "kind", "revision", "header", "sha256"}
 
 
@@ -42,7 +43,7 @@ def pack(message: Task | Contribution, like: Packed | None = None) -> Packed:
         return Packed(fields=_hashed(fields))
     if like is not None:
         return Packed(fields=_hashed({**fields, "payload": like.fields["payload"]}), parts=like.parts)
-    parts = payload_parts(message.tensors)
+    parts = _parts(message.tensors, _DTYPES)
     size, digest = sum(part.nbytes for part in parts), hashlib.sha256()
     for part in parts:
         digest.update(part)
@@ -50,9 +51,13 @@ def pack(message: Task | Contribution, like: Packed | None = None) -> Packed:
 
 
 def payload_parts(tensors: Mapping[str, Tensor]) -> list[memoryview]:
-    """Tensors as a safetensors file in parts: the header, then each tensor's bytes."""
+    """Tensors as a safetensors file in parts: the header, then each tensor's bytes; float64 too, which is not sent."""
+    return _parts(tensors, _KEPT)
+
+
+def _parts(tensors: Mapping[str, Tensor], types: Mapping[torch.dtype, str]) -> list[memoryview]:
     ready = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-    layout = {name: (_type(tensor), tuple(tensor.shape)) for name, tensor in ready.items()}
+    layout = {name: (_type(tensor, types), tuple(tensor.shape)) for name, tensor in ready.items()}
     content = [ready[name].reshape(-1).view(torch.uint8).numpy() for name in payload_order(layout)]
     return [memoryview(payload_header(layout)), *(part.data for part in content if part.size)]
 
@@ -145,10 +150,10 @@ def _hashed(fields: Fields) -> Fields:
     return {**fields, "sha256": hashlib.sha256(as_json(fields).encode()).hexdigest()}
 
 
-def _type(tensor: Tensor) -> str:
-    if tensor.dtype not in _DTYPES:
+def _type(tensor: Tensor, types: Mapping[torch.dtype, str] = _DTYPES) -> str:
+    if tensor.dtype not in types:
         raise TrainingError(f"tensors of {tensor.dtype} cannot be sent")
-    return _DTYPES[tensor.dtype]
+    return types[tensor.dtype]
 
 
 def _checked(fields: Any) -> tuple[str, int, dict[str, Scalar]]:

@@ -31,7 +31,7 @@ class Form(NamedTuple):
     size: int
 
 
-DTYPE_BYTES = {"I64": 8, "F32": 4, "BF16": 2, "F16": 2, "U8": 1}
+DTYPE_BYTES = {"I64": 8, "F64": 8, "F32": 4, "BF16": 2, "F16": 2, "U8": 1}
 VALUES = "values"  # the floats that no link has turned into something else
 CODEBOOK_BINS = 256
 
