@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -53,7 +52,7 @@ from potluck.records.live import view
 from potluck.records.report import write_report
 from potluck.rounds.evaluation import held_out, union_of
 from potluck.run import best_round, check_identity, finished, history, newest_checkpoint
-from potluck.stopping import RUN, Stopping
+from potluck.stopping import Stopping, resumable
 from potluck.terminal import labelled, warn
 
 Result = dict[str, Any]
@@ -281,23 +280,6 @@ def _compare(folder: Path, recipe: Recipe, pooled: bool, console: Console, corpu
     kept = {**result, "run": folder.name, "model": "together/model"}  # it is shown to others, and may be moved
     write_text(folder / "comparison.json", json.dumps(kept, indent=1))
     return {**result, "report": _report(folder, console)}
-
-
-@contextmanager
-def resumable(hint: str, means: str = RUN, at_once: str = "back at the last checkpoint") -> Iterator[Stopping]:
-    """Where Ctrl-C and SIGTERM end in how to go on.
-
-    Args:
-        means: What is said at the first signal.
-        at_once: What the second one meant.
-    """
-    try:
-        with Stopping(means) as stopping:
-            yield stopping
-    except Interrupted as stop:
-        raise Interrupted(str(stop), hint) from None
-    except KeyboardInterrupt:
-        raise Interrupted(f"at once: {at_once}", hint) from None
 
 
 def _run(

@@ -11,7 +11,7 @@ from typing import Any
 from rich.console import Console
 
 from potluck.asking import Asks, local_recipe, refusals
-from potluck.commands import close_run, resumable
+from potluck.commands import close_run
 from potluck.engine.nats.addresses import server_url
 from potluck.engine.nats.blobs import Blobs, JetStreamBlobs
 from potluck.engine.nats.claim import Claim, session_of
@@ -37,7 +37,7 @@ from potluck.records.journal import Journal
 from potluck.records.live import view
 from potluck.run import Run, finished, history, newest_checkpoint
 from potluck.sent import Sent
-from potluck.stopping import Stopping
+from potluck.stopping import Stopping, resumable
 from potluck.terminal import agreed, warn
 from potluck.updates import codec
 

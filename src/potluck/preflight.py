@@ -17,7 +17,7 @@ from potluck.corpus.tokenizer import Progress, build_vocabulary, folder_vocabula
 from potluck.errors import CorpusError, StorageError
 from potluck.footprint import checkpoint_bytes, footprint, moments, with_period
 from potluck.measured import WHERE
-from potluck.models.shapes import check_context, form_of
+from potluck.models.shapes import Shapes, check_context, form_of
 from potluck.recipe import Recipe
 from potluck.recipe.engine import Nats
 from potluck.recipe.outer import outer_warnings
@@ -115,17 +115,11 @@ def forecast(recipe: Recipe, corpus: Corpus | None = None, progress: Progress = 
     texts = {name: None if corpus is None else corpus.holdings[name].facts for name in recipe.participant_names}
     vocabulary, bound = _tokens_of(recipe, corpus)
     form = form_of(recipe.model, vocabulary)
-    if isinstance(recipe.model, ModelFolder):
-        from potluck.models.check import check_vocabulary
-
-        check_vocabulary(recipe.model.path, form.rows, vocabulary)
-    shapes = form.learns
-    messages = Messages(recipe, shapes)
+    _check_rows(recipe, form.rows, vocabulary)
+    messages = Messages(recipe, form.learns)
     parameters, asked = messages.size, recipe.asked_per_round
-    updates, downloads = _sizes(messages)
-    disk = _disk(recipe, parameters, form.frozen)
+    disk: dict[str, Any] = _disk(recipe, parameters, form.frozen)
     evaluation_tokens, evaluation_share = _evaluation(recipe, texts)
-    sent = [(exchange.up * len(exchange.names), sum(exchange.down)) for exchange in exchanges(recipe, shapes)]
     tokens_per_round = asked * recipe.local_steps * recipe.tokens_per_step
     epochs = _epochs(recipe, texts)
     held_out = {name: None if text is None else int(text["validation_tokens"]) for name, text in texts.items()}
@@ -140,14 +134,7 @@ def forecast(recipe: Recipe, corpus: Corpus | None = None, progress: Progress = 
         participant_bytes=memory.participant,
         coordinator_bytes=memory.coordinator,
         process_bytes=memory.process,
-        update_bytes=sum(updates) // len(updates),
-        peak_update_bytes=max(updates),
-        download_bytes=sum(downloads) // len(downloads),
-        peak_download_bytes=max(downloads),
-        up_bytes=sum(up for up, _ in sent),
-        down_bytes=sum(down for _, down in sent),
-        download_is_bound=any(most_changed(recipe, fragment) < fragment.size for fragment in messages.fragments)
-        and isinstance(recipe.updates.download, DeltaDownload),
+        **_traffic(recipe, messages, form.learns),
         tokens_per_step=recipe.tokens_per_step,
         local_steps=recipe.local_steps,
         tokens_per_round=tokens_per_round,
@@ -158,17 +145,15 @@ def forecast(recipe: Recipe, corpus: Corpus | None = None, progress: Progress = 
         evaluation_tokens=evaluation_tokens,
         evaluation_share=evaluation_share,
         epochs=epochs,
-        warnings=tuple(
-            [
-                *(corpus.notes if corpus else []),
-                *_vocabulary_warnings(recipe, vocabulary),
-                *([] if memory.activations_known else [_NO_ACTIVATIONS]),
-                *_warnings(recipe, epochs),
-                *_evaluation_warnings(recipe, evaluation_tokens, evaluation_share),
-                *_disk_warnings(recipe, disk["disk_bytes"]),
-                *_waiting_warnings(recipe),
-                *_update_warnings(recipe, messages),
-            ]
+        warnings=(
+            *(corpus.notes if corpus else []),
+            *_vocabulary_warnings(recipe, vocabulary),
+            *([] if memory.activations_known else [_NO_ACTIVATIONS]),
+            *_warnings(recipe, epochs),
+            *_evaluation_warnings(recipe, evaluation_tokens, evaluation_share),
+            *_disk_warnings(recipe, disk["disk_bytes"]),
+            *_waiting_warnings(recipe),
+            *_update_warnings(recipe, messages),
         ),
     )
 
@@ -213,6 +198,30 @@ def _tokens_of(recipe: Recipe, corpus: Corpus | None) -> tuple[int, bool]:
             return asked, True
         case table:
             return folder_vocabulary(Path(table.path)).size, False
+
+
+def _traffic(recipe: Recipe, messages: Messages, shapes: Shapes) -> dict[str, Any]:
+    """Bytes of one message and of all."""
+    updates, downloads = _sizes(messages)
+    sent = [(exchange.up * len(exchange.names), sum(exchange.down)) for exchange in exchanges(recipe, shapes)]
+    return {
+        "update_bytes": sum(updates) // len(updates),
+        "peak_update_bytes": max(updates),
+        "download_bytes": sum(downloads) // len(downloads),
+        "peak_download_bytes": max(downloads),
+        "up_bytes": sum(up for up, _ in sent),
+        "down_bytes": sum(down for _, down in sent),
+        "download_is_bound": any(most_changed(recipe, fragment) < fragment.size for fragment in messages.fragments)
+        and isinstance(recipe.updates.download, DeltaDownload),
+    }
+
+
+def _check_rows(recipe: Recipe, rows: int, vocabulary: int) -> None:
+    """Refuse a tokenizer with more tokens than the model folder knows."""
+    if isinstance(recipe.model, ModelFolder):
+        from potluck.models.check import check_vocabulary
+
+        check_vocabulary(recipe.model.path, rows, vocabulary)
 
 
 def _vocabulary_warnings(recipe: Recipe, vocabulary: int) -> Iterator[str]:

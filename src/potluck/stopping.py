@@ -5,7 +5,11 @@ from __future__ import annotations
 import os
 import signal
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from types import FrameType, TracebackType
+
+from potluck.errors import Interrupted
 
 RUN = "stopping after this round; once more stops at once, back at the last checkpoint"
 
@@ -57,3 +61,20 @@ class Stopping:
     def _raise_failure(self, number: int, frame: FrameType | None) -> None:
         if self._failure is not None:
             raise RuntimeError("a thread of this process failed; a run cannot go on without it") from self._failure
+
+
+@contextmanager
+def resumable(hint: str, means: str = RUN, at_once: str = "back at the last checkpoint") -> Iterator[Stopping]:
+    """Where Ctrl-C and SIGTERM end in how to go on.
+
+    Args:
+        means: What is said at the first signal.
+        at_once: What the second one meant.
+    """
+    try:
+        with Stopping(means) as stopping:
+            yield stopping
+    except Interrupted as stop:
+        raise Interrupted(str(stop), hint) from None
+    except KeyboardInterrupt:
+        raise Interrupted(f"at once: {at_once}", hint) from None

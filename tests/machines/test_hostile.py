@@ -257,6 +257,7 @@ def test_the_server_does_for_nobody_what_he_may_not_do_himself(world: World) -> 
     about = b"what the run is about"
     world.connection.store(names.about, about)
     world.connection.store(names.task("ann"), b"a task of ann's")
+    world.engine.presence.renew()
     eve = world.connect("eve")
     commands = [
         f"$JS.API.STREAM.PURGE.{names.states}", f"$JS.API.STREAM.PURGE.{names.tasks}",

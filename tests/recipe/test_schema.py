@@ -93,7 +93,11 @@ def test_every_key_says_what_it_is(table: type[BaseModel]) -> None:
         ("records.keeplast", "records.keeplast: unknown key; did you mean 'keep_last'?"),
         ("participants.1.nam", "participants.1.nam: unknown key; did you mean 'name'?"),
         ("participants.2.source.glop", "participants.2.source.glop: unknown key; did you mean 'glob'?"),
-        ("learning_rate", "learning_rate: unknown key; did you mean local.optimizer.learning_rate?"),
+        (
+            "learning_rate",
+            "learning_rate: unknown key; did you mean editing.values.learning_rate or local.optimizer.learning_rate or "
+            "outer.learning_rate?",
+        ),
         ("rounds.batch_size", "rounds.batch_size: unknown key; did you mean local.batch_size?"),
     ],
 )
@@ -167,8 +171,8 @@ def test_a_wrong_alternative_names_the_right_ones(tables: Tables, where: str, va
 
 
 @pytest.mark.parametrize("where", ["tokenizer", "outer", "local.optimizer", "local.schedule"])
-def test_an_alternative_without_its_kind_asks_for_it(tables: Tables, where: str) -> None:
-    assert fault(put(tables, where, {"learning_rate": 0.1})).startswith(f"{where}.kind: must be given, one of '")
+def test_an_alternative_without_its_kind_is_the_default(tables: Tables, where: str) -> None:
+    assert fault(put(tables, where, {"some_rate": 0.1})).startswith(f"{where}.some_rate: unknown key")
 
 
 @pytest.mark.parametrize(

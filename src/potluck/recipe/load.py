@@ -21,6 +21,7 @@ from potluck.untrusted import load_toml, loads_toml
 # A table of alternatives is replaced as a whole: half a model folder and half a preset mean nothing.
 _WHOLE_TABLES = {"source", "model", "split"}
 _ELSEWHERE = "# Files and folders of the machine that this ran on are here by name only.\n\n"
+_FEW = 4  # places of a key, all of which are named
 _NEAR = 0.7  # of difflib: "batch_sise" is near "batch_size", "wheels" is not near "seed"
 _PATH_KEYS = {"path", "jsonl", "file", "predicts_with", "edits", "edit_secret", "secret", "decisions"}
 _MAYBE_PATHS = {"dataset", "folder", "shards"}
@@ -68,7 +69,8 @@ def _with_kinds(raw: Any, table: type[BaseModel]) -> Any:
         usual = getattr(field.default, "kind", None)
         if usual is not None and "kind" not in value:
             value = {"kind": usual, **value}
-        chosen = options if len(options) == 1 else [o for o in options if _has_tag(o, value.get("kind", ""))]
+        kind = value.get("kind", "")
+        chosen = options if len(options) == 1 else [o for o in options if isinstance(kind, str) and _has_tag(o, kind)]
         whole[name] = _with_kinds(value, chosen[0]) if len(chosen) == 1 else value
     return whole
 
@@ -244,7 +246,9 @@ def _closest(word: str, among: str) -> str:
 
 def _near(word: str, among: Iterable[str]) -> str | None:
     """A word that may have been meant; never the one that was written."""
-    return next(iter(difflib.get_close_matches(word, [other for other in among if other != word], 1, _NEAR)), None)
+    others = [other for other in among if other != word]
+    begun = [other for other in others if len(word) > 3 and other.startswith(word)]
+    return next(iter([*difflib.get_close_matches(word, others, 1, _NEAR), *begun]), None)
 
 
 def _of_another(key: str, where: str, table: type[BaseModel], others: Sequence[type[BaseModel]]) -> str:
@@ -263,9 +267,9 @@ def _of_another(key: str, where: str, table: type[BaseModel], others: Sequence[t
 def _suggest(key: str, table: type[BaseModel]) -> str:
     if close := _near(key, table.model_fields):
         return f"; did you mean {close!r}?"
-    elsewhere = {path for path, name in _all_keys(Recipe, "") if name == key}
-    if len(elsewhere) == 1:  # of several, none is likelier than another
-        return f"; did you mean {elsewhere.pop()}?"
+    elsewhere = sorted({path for path, name in _all_keys(Recipe, "") if name == key})
+    if 1 <= len(elsewhere) <= _FEW:
+        return f"; did you mean {' or '.join(elsewhere)}?"
     return f"; this table has {', '.join(table.model_fields)}"
 
 
