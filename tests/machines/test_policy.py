@@ -1,0 +1,28 @@
+"""What a participant's policy refuses, and when: before it costs anything."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, cast
+
+import pytest
+
+from potluck.corpus.tokenizer import build_vocabulary
+from potluck.errors import PolicyError
+from potluck.joining import Joined, _prepare
+from potluck.recipe import parse_recipe
+from potluck.recipe.part import Policy
+from potluck.records.journal import Journal
+
+
+def test_a_model_beyond_the_policy_is_refused_before_it_is_built(tmp_path: Path) -> None:
+    """A 2 TB model: nothing is read, sent or built before its size is looked at."""
+    shape = {"layers": 1000, "width": 1 << 14, "heads": 8, "feedforward": 1 << 15}
+    recipe = parse_recipe({"participants": [{"name": "ann", "source": {"path": "/"}}], "model": shape})
+    nowhere: Any = None
+    joined = Joined(
+        site=nowhere, name="ann", recipe=recipe, policy=Policy(max_parameters=1_000_000), folder=tmp_path,
+        journal=cast(Journal, nowhere), sent=nowhere, stop=lambda: False,
+    )  # fmt: skip
+    with pytest.raises(PolicyError, match="parameters; the policy allows 1,000,000"):
+        _prepare(joined, build_vocabulary(recipe))
