@@ -9,7 +9,8 @@ import pytest
 
 from potluck.corpus.tokenizer import build_vocabulary
 from potluck.errors import PolicyError
-from potluck.joining import Joined, _prepare
+from potluck.joined import Joined
+from potluck.joining import _prepare
 from potluck.recipe import parse_recipe
 from potluck.recipe.part import Policy
 from potluck.records.journal import Journal
@@ -18,7 +19,13 @@ from potluck.records.journal import Journal
 def test_a_model_beyond_the_policy_is_refused_before_it_is_built(tmp_path: Path) -> None:
     """A 2 TB model: nothing is read, sent or built before its size is looked at."""
     shape = {"layers": 1000, "width": 1 << 14, "heads": 8, "feedforward": 1 << 15}
-    recipe = parse_recipe({"participants": [{"name": "ann", "source": {"path": "/"}}], "model": shape})
+    recipe = parse_recipe(
+        {
+            "participants": [{"name": "ann", "source": {"path": "nowhere"}}],
+            "model": shape,
+            "tokenizer": {"kind": "bytes"},
+        }
+    )
     nowhere: Any = None
     joined = Joined(
         site=nowhere, name="ann", recipe=recipe, policy=Policy(max_parameters=1_000_000), folder=tmp_path,
