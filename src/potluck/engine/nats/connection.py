@@ -251,8 +251,8 @@ class Connection:
             raise EngineError("not connected")
         try:
             self._run(self._nats.flush(int(ANSWER_SECONDS)), ANSWER_SECONDS + 1)
-        except TimeoutError:
-            raise EngineError("the server does not answer") from None
+        except (TimeoutError, nats.errors.Error, OSError) as error:
+            raise EngineError(f"the server does not answer ({str(error) or type(error).__name__})") from None
         return time.monotonic() - began
 
     def _request(
