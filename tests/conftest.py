@@ -18,6 +18,7 @@ import pytest
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is loaded: threads do not survive a fork
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("HF_DEACTIVATE_ASYNC_LOAD", "1")  # nor does a pool that loads a model in threads
 
 NAMES = ("ada", "bob", "eve")
 _WORDS = {
