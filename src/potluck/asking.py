@@ -22,7 +22,6 @@ from potluck.recipe.engine import Nats
 from potluck.recipe.load import parse_recipe
 from potluck.recipe.part import Part, Policy
 from potluck.recipe.schema import Bpe, ModelFolder
-from potluck.recipe.updates import Eager, Streaming
 from potluck.untrusted import Count, ShortText, checked, loads
 
 MAX_WORD_BYTES = 64 << 20
@@ -54,7 +53,7 @@ def about_asks(about: About) -> tuple[Asks, Recipe]:
         RecipeError: It is none.
     """
     recipe = parse_recipe(about.recipe, "the coordinator's recipe")
-    kinds = [_training(recipe), "evaluate"]
+    kinds = [recipe.training_kind, "evaluate"]
     if isinstance(recipe.tokenizer, Bpe):
         kinds.append("words")
     if recipe.editing is not None:
@@ -70,17 +69,6 @@ def about_asks(about: About) -> tuple[Asks, Recipe]:
         message_bytes=None if parameters is None else 4 * parameters,
         blobs=recipe.engine.blobs if isinstance(recipe.engine, Nats) else "jetstream",
     ), recipe
-
-
-def _training(recipe: Recipe) -> str:
-    """The kind of task with which a run trains."""
-    match recipe.rounds.streaming:
-        case Streaming():
-            return "stream"
-        case Eager():
-            return "eager"
-        case None:
-            return "train"
 
 
 def refusals(asks: Asks, policy: Policy) -> list[str]:
@@ -156,7 +144,7 @@ def request_of(policy: Policy, recipe: Recipe, fields: Mapping[str, Any], payloa
             checked(table, found.header)
     except ValueError as error:
         raise TrainingError(f"not a task: {error}") from None
-    if _TABLES.get(found.kind) is _Steps and found.kind != _training(recipe):
+    if _TABLES.get(found.kind) is _Steps and found.kind != recipe.training_kind:
         raise PolicyError(f"not allowed here: this run takes no tasks of kind {found.kind!r}")
     first, steps, overlap = (int(found.header.get(key, 0)) for key in ("first_step", "steps", "overlap"))
     if steps + overlap > policy.max_local_steps:

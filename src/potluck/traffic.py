@@ -23,7 +23,6 @@ from potluck.recipe.updates import (
     Quantize,
     QuantizedDownload,
     RandomK,
-    Streaming,
     TopK,
 )
 from potluck.rounds.sampling import asked_by_round
@@ -82,7 +81,7 @@ def exchanges(recipe: Recipe, shapes: Shapes) -> Iterator[Exchange]:
         names = tuple(chosen)
         steps, overlap = recipe.steps_of_round(revision + 1)
         yield Exchange(
-            revision, names, tasks(_kind(recipe), names, revision), messages.update(revision), steps, overlap
+            revision, names, tasks(recipe.training_kind, names, revision), messages.update(revision), steps, overlap
         )
         done = revision + 1
         if evaluates and (done == recipe.rounds.count or done % recipe.rounds.evaluate_every == 0):
@@ -188,7 +187,7 @@ class Messages:
             "epoch": 0,
         }
         tensors = {name: (form.dtype, (form.size,)) for name, form in forms.items()}
-        return message_bytes(fields_of("contribution", _kind(recipe), revision, figures), tensors)
+        return message_bytes(fields_of("contribution", recipe.training_kind, revision, figures), tensors)
 
 
 def most_changed(recipe: Recipe, fragment: Fragment) -> int:
@@ -209,13 +208,3 @@ def most_changed(recipe: Recipe, fragment: Fragment) -> int:
             senders = 1 if isinstance(link, RandomK) else recipe.asked_per_round  # all draw the same places
             return min(fragment.size, senders * elements(layout_after(link, fragment.layout)))
     return fragment.size
-
-
-def _kind(recipe: Recipe) -> str:
-    match recipe.rounds.streaming:
-        case Streaming():
-            return "stream"
-        case Eager():
-            return "eager"
-        case None:
-            return "train"

@@ -35,7 +35,8 @@ def test_what_was_cut_off_is_not_linked(tmp_path: Path) -> None:
     save(tmp_path, 1, 1.0, 0.0)
     file(tmp_path, 1, "ada").write_bytes(b"")
     save(tmp_path, 2, 1.0, 0.0)
-    load_checkpoint(tmp_path, 2)
+    assert load_checkpoint(tmp_path, 2).round == 2
+    assert not file(tmp_path, 1, "ada").samefile(file(tmp_path, 2, "ada"))
 
 
 def test_the_same_round_again_keeps_its_linked_parts(tmp_path: Path) -> None:

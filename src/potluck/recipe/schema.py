@@ -241,6 +241,17 @@ class Recipe(Table):
         return self.rounds.count * self.local_steps
 
     @property
+    def training_kind(self) -> str:
+        """The kind of a training task: ``train`` from the shared state; ``stream``, ``eager`` go on from one's own."""
+        match self.rounds.streaming:
+            case Streaming():
+                return "stream"
+            case Eager():
+                return "eager"
+            case None:
+                return "train"
+
+    @property
     def outer_rule(self) -> Outer:
         """The outer optimizer, with what the recipe leaves out taken from its local steps."""
         return complete(self.outer, self.local.optimizer, self.fragments * self.local_steps)

@@ -29,7 +29,7 @@ from potluck.errors import Interrupted, TooFewContributors, TrainingError
 from potluck.recipe import Recipe
 from potluck.recipe.schedules import rate_factor
 from potluck.recipe.seeds import seed_of
-from potluck.recipe.updates import Eager, Streaming
+from potluck.recipe.updates import Eager
 from potluck.records.events import EventLog
 from potluck.rounds.evaluation import Facts, evaluate_shared
 from potluck.rounds.figures import FIGURES, limits_of
@@ -154,7 +154,7 @@ def what_is_asked(recipe: Recipe, shared: SharedState, revision: int, texts: int
     links = recipe.updates.links
     plain = not links and not isinstance(recipe.rounds.streaming, Eager)
     return Asked(
-        kind=_task_kind(recipe),
+        kind=recipe.training_kind,
         fragment=shared.fragments[revision % len(shared.fragments)],
         link=None if plain else link_of(links),
         draw=seed_of(recipe.seed, "links", revision),
@@ -198,24 +198,13 @@ def _task(recipe: Recipe, engine: Engine, shared: SharedState, name: str) -> Tas
         parameters["lost"] = True
         shared.lost.discard(name)  # told; should this update not count either, the next task tells it again
     return Task(
-        kind=_task_kind(recipe),
+        kind=recipe.training_kind,
         revision=shared.revision,
         parameters=parameters,
         tensors=shared.downloads.tensors(name, shared.given, shared.revision),
         state=shared.digest if engine.remote else "",
         seconds=recipe.patience,
     )
-
-
-def _task_kind(recipe: Recipe) -> str:
-    """``train`` from the shared state and wait, or go on from one's own: ``stream`` and ``eager``."""
-    match recipe.rounds.streaming:
-        case Streaming():
-            return "stream"
-        case Eager():
-            return "eager"
-        case None:
-            return "train"
 
 
 def _note(engine: Engine, shared: SharedState, reply: Reply, verdict: Verdict, tasks: Mapping[str, Task]) -> None:
