@@ -22,6 +22,7 @@ from potluck.recipe.engine import Nats
 from potluck.recipe.load import parse_recipe
 from potluck.recipe.part import Part, Policy
 from potluck.recipe.schema import Bpe, ModelFolder
+from potluck.sent import TRAINING
 from potluck.untrusted import Count, ShortText, checked, loads
 
 MAX_WORD_BYTES = 64 << 20
@@ -105,7 +106,7 @@ class _Nothing(BaseModel, extra="forbid"):
 
 
 _TABLES: Mapping[str, type[BaseModel]] = {
-    **dict.fromkeys(("train", "stream", "eager"), _Steps),
+    **dict.fromkeys(TRAINING, _Steps),
     **dict.fromkeys(("evaluate", "words"), _Nothing),
 }
 

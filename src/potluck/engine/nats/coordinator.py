@@ -22,9 +22,9 @@ from potluck.contribution import (
     Task,
     TaskId,
 )
+from potluck.engine.nats.background import Background
 from potluck.engine.nats.connection import Delivery
 from potluck.engine.nats.frames import END, Frame, ReplyFacts, facts_of, read_frame, signed, task_name
-from potluck.engine.nats.helpers import Helpers
 from potluck.engine.nats.members import Members
 from potluck.engine.nats.post import Post
 from potluck.engine.nats.presence import Presence
@@ -79,8 +79,8 @@ class NatsEngine:
         self._tasks = UnderWay()
         self._contested: set[ParticipantId] = set()  # told of already
         self._open: set[TaskId] = set()  # sent, and their reply neither received nor cancelled
-        self._helpers = Helpers(min(64, len(members.of) + 2))
-        self._states = States(post.blobs, self._helpers, self._over.is_set, self._inbox.put, self._refusals.add)
+        self._background = Background(min(64, len(members.of) + 2))
+        self._states = States(post.blobs, self._background, self._over.is_set, self._inbox.put, self._refusals.add)
         self._forget_tasks(post.names.task("*"))  # of an earlier session; they are asked again
         self._packed: tuple[tuple[str, ...], Packed] | None = None
         for work in (self._listen, self._watch):
@@ -222,7 +222,7 @@ class NatsEngine:
     def close(self) -> None:
         """Stop listening."""
         self._over.set()
-        self._helpers.close()
+        self._background.close()
         self.presence.leave()
 
     # --- replies -----------------------------------------------------------------------------------
@@ -252,7 +252,7 @@ class NatsEngine:
         if replay:
             self._refusals.add(name, f"replay: task {task} was answered before, or is over")
             if frame.blob is not None:
-                self._helpers.submit(self._drop, name, frame.blob[0])
+                self._background.submit(self._drop, name, frame.blob[0])
         elif sent is not None:
             self._take_in(frame, sent)
 
@@ -270,7 +270,7 @@ class NatsEngine:
         if frame.blob is None:
             self._finish(sent, self._reply(frame, sent, frame.payload))
         else:
-            self._helpers.submit(self._fetch, frame, sent, *frame.blob)
+            self._background.submit(self._fetch, frame, sent, *frame.blob)
 
     def _fetch(self, frame: Frame, sent: Sent, digest: str, size: int) -> None:
         path = self._post.folder / f"{sent.to}-{digest}.safetensors"

@@ -8,8 +8,8 @@ import time
 from collections.abc import Callable
 
 from potluck.contribution import Packed, ParticipantId, TaskId
+from potluck.engine.nats.background import Background
 from potluck.engine.nats.blobs import Blobs
-from potluck.engine.nats.helpers import Helpers
 from potluck.engine.nats.refusals import SERVER
 from potluck.engine.nats.subjects import COORDINATOR
 from potluck.errors import PotluckError
@@ -21,7 +21,7 @@ class States:
     """Which states tasks under way need.
 
     Args:
-        helpers: Where blobs are stored and dropped.
+        background: Where blobs are stored and dropped.
         over: Whether the engine is closed.
         said: Told what stands in the way of a state: it ends the exchange.
         refused: Told what the server did not do, which ends nothing.
@@ -30,12 +30,12 @@ class States:
     def __init__(
         self,
         blobs: Blobs,
-        helpers: Helpers,
+        background: Background,
         over: Callable[[], bool],
         said: Callable[[PotluckError], None],
         refused: Callable[[ParticipantId, str], None],
     ) -> None:
-        self._blobs, self._helpers, self._over, self._said, self._refused = blobs, helpers, over, said, refused
+        self._blobs, self._background, self._over, self._said, self._refused = blobs, background, over, said, refused
         self._lock = threading.Lock()
         self._tasks: dict[str, set[TaskId]] = {}  # what needs each state
         self._stored: set[str] = set()  # states that are there, or on their way
@@ -54,19 +54,19 @@ class States:
         if not new:
             return False
         for other in idle:
-            self._helpers.submit(self._drop, other)
+            self._background.submit(self._drop, other)
             self._tasks.pop(other, None)
             self._packed.pop(other, None)
             self._stored.discard(other)
         if len(self._tasks) > 1:  # what an earlier session left may be needed until its tasks are asked again
             for other in self._leftover - self._tasks.keys():
-                self._helpers.submit(self._drop, other)
+                self._background.submit(self._drop, other)
             self._leftover = set()
         return True
 
     def store(self, digest: str) -> None:
         """Store a state behind one's back, as long as a task needs it."""
-        self._helpers.submit(self._store, digest, self._packed[digest])
+        self._background.submit(self._store, digest, self._packed[digest])
 
     def bring_again(self, digest: str) -> None:
         """Store a state once more that a participant waits for in vain: the server has lost of it."""
@@ -79,7 +79,7 @@ class States:
             return
         self._brought[digest] = now
         self._refused(SERVER, f"lost: a state that is still needed, {digest[:12]}; it is brought again")
-        self._helpers.submit(self._store, digest, packed)
+        self._background.submit(self._store, digest, packed)
 
     def release(self, digest: str | None, task: TaskId) -> None:
         """Note that a task needs its state no more."""

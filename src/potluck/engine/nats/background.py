@@ -9,7 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 
-class Helpers:
+class Background:
     """Threads that do what they are given; an exception in one goes to ``threading.excepthook``, as of any thread.
 
     Args:
