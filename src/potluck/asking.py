@@ -22,7 +22,6 @@ from potluck.recipe.engine import Nats
 from potluck.recipe.load import parse_recipe
 from potluck.recipe.part import Part, Policy
 from potluck.recipe.schema import Bpe, ModelFolder
-from potluck.sent import TRAINING
 from potluck.untrusted import Count, ShortText, checked, loads
 
 MAX_WORD_BYTES = 64 << 20
@@ -106,7 +105,7 @@ class _Nothing(BaseModel, extra="forbid"):
 
 
 _TABLES: Mapping[str, type[BaseModel]] = {
-    **dict.fromkeys(TRAINING, _Steps),
+    **dict.fromkeys(("train", "stream", "eager"), _Steps),
     **dict.fromkeys(("evaluate", "words"), _Nothing),
 }
 
