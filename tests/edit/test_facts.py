@@ -37,7 +37,8 @@ def written(path: Path, rows: object) -> Path:
         ([{**GOOD, "targets": "x"}], "record 0 has another form"),
         ([{"question": "Who?"}], "are not edits"),
         ([], "not a list of edits"),
-        ({"a": 1}, "not a list of edits"),
+        ("edits", "not a list of edits"),
+        ({"a": 1}, "records with fields a are not edits"),
     ],
 )
 def test_what_is_wrong_is_said(tmp_path: Path, rows: object, said: str) -> None:
@@ -50,6 +51,15 @@ def test_what_cannot_be_read(tmp_path: Path) -> None:
     for name in ("broken.json", "missing.json"):
         with pytest.raises(EditError, match="cannot be read as edits"):
             read_edits(tmp_path / name)
+
+
+def test_json_lines_are_read(tmp_path: Path) -> None:
+    path = tmp_path / "edits.jsonl"
+    path.write_text(f"{json.dumps(GOOD)}\n\n{json.dumps({**GOOD, 'id': 'b', 'prompt': 'Ada works in'})}\n")
+    assert [edit.id for edit in read_edits(path)] == ["a", "b"]
+    path.write_text(f"{json.dumps(GOOD)}\nno JSON\n")
+    with pytest.raises(EditError, match="line 2"):
+        read_edits(path)
 
 
 def test_own_files_come_back_as_they_were(tmp_path: Path) -> None:

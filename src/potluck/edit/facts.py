@@ -1,6 +1,6 @@
 """What is to be edited: a prompt that names its subject, and what the model shall answer.
 
-A file is a JSON list. Beside our own records it may hold those of CounterFact (nested, or flat as EasyEdit and MEMIT
+A file is a JSON list, or JSON lines. Beside our own records it may hold those of CounterFact (nested, or flat as EasyEdit and MEMIT
 have them) and zsRE; which it is, is told by the fields of its first record. Published files hold records that cannot be
 edited, such as one of zsRE with an empty target: those are left out, and it is said which.
 """
@@ -16,11 +16,12 @@ from typing import Any
 
 from potluck.errors import EditError
 from potluck.files import page
-from potluck.untrusted import load_json
+from potluck.untrusted import loads, read_bytes
 
 MAX_EDITS = 5_000  # in one batch
 _MAX_FILE_BYTES = 1 << 28
 _MAX_CHARACTERS = 2_000  # of one prompt or target
+_FORM = "a JSON list or JSON lines, one object an edit"
 
 
 @dataclass(frozen=True)
@@ -97,13 +98,11 @@ def read_edits(path: Path, limit: int = MAX_EDITS, left_out: list[str] | None = 
     try:
         if path.stat().st_size > _MAX_FILE_BYTES:
             raise EditError(f"{path}: larger than {_MAX_FILE_BYTES >> 20} MiB", "cut it into several files")
-        rows = load_json(path, most_bytes=_MAX_FILE_BYTES)
+        rows = _rows(read_bytes(path, _MAX_FILE_BYTES))
     except (OSError, ValueError, RecursionError) as error:
-        raise EditError(f"{path}: cannot be read as edits ({error})", "a JSON list, one object an edit") from None
+        raise EditError(f"{path}: cannot be read as edits ({error})", _FORM) from None
     if not isinstance(rows, list) or not rows or not all(isinstance(row, dict) for row in rows):
-        raise EditError(
-            f"{path}: not a list of edits", f"a JSON list, one object an edit; see {page('how-to/edit.md')}"
-        )
+        raise EditError(f"{path}: not a list of edits", f"{_FORM}; see {page('how-to/edit.md')}")
     if len(rows) > limit:
         hint = "cut the file; edits may be applied one batch after the other"
         raise EditError(f"{path}: {len(rows)} edits at once, more than {limit}", hint)
@@ -213,6 +212,23 @@ def _fault(edit: Edit, where: str, known: dict[str, Edit], asked: dict[str, Edit
         return EditError(f"{where}: edits {both} contradict each other: {edit.prompt!r}", hint)
     known[edit.id] = asked[edit.asks] = edit
     return None
+
+
+def _rows(data: bytes) -> Any:
+    """The value of a JSON file; of JSON lines, the list of their values.
+
+    Raises:
+        ValueError: It is neither.
+    """
+    if not data.lstrip().startswith(b"{"):
+        return loads(data, most_bytes=_MAX_FILE_BYTES)
+    rows = []
+    for number, line in enumerate(data.splitlines(), 1):
+        try:
+            rows += [loads(line)] if line.strip() else []
+        except ValueError as error:
+            raise ValueError(f"line {number}: {error}") from None
+    return rows
 
 
 def _reader(first: dict[str, Any], path: Path) -> Callable[[dict[str, Any], int], Edit]:
