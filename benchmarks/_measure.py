@@ -15,6 +15,7 @@ import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, NoReturn
@@ -113,7 +114,12 @@ def paired(ours: Callable[[], object], theirs: Callable[[], object], pairs: int)
 
 def versions() -> dict[str, str]:
     """What the figures depend on."""
-    found = {"python": platform.python_version(), "threads": str(torch.get_num_threads())}
+    return {"python": platform.python_version(), "threads": str(torch.get_num_threads()), **_installed()}
+
+
+@cache
+def _installed() -> Mapping[str, str]:
+    found = {}
     for package in _PACKAGES:
         try:
             found[package] = version(package)

@@ -69,6 +69,7 @@ class Size:
         wise: Edits of WISE that are timed.
         margins: Scales of EasyEdit's margins.
         people: Whose text the key moments are of.
+        runs: Of all that is timed.
         judged: Whether targets are of this size that need many edits or much text; sums are held exact at any.
     """
 
@@ -81,12 +82,13 @@ class Size:
     wise: int = 20
     margins: tuple[float, ...] = (0.01, 0.1, 1.0)
     people: int = PEOPLE
+    runs: int = 3
     judged: bool = True
 
 
 SIZES = {
     "short": Size(
-        seeds=(0,), participants=2, each=5, values=10, alone=3, text=100_000, wise=5, margins=(0.1,), judged=False
+        seeds=(0,), participants=2, each=4, values=6, alone=2, text=50_000, wise=3, margins=(0.1,), runs=1, judged=False
     ),
     "full": Size(seeds=(0, 1, 2), participants=8, each=50, values=100, alone=20, text=10_000_000),
 }
@@ -274,12 +276,12 @@ def _speed(base: Base, layout: Layout, settings: WeightSettings, moments: Statis
         return targets(base, layout, settings.layers[-1], some, before, values, settings.at)
 
     ratios = []
-    for _ in range(3):
+    for _ in range(size.runs):
         together = seconds(lambda: find(edits)) / len(edits)
         alone = seconds(lambda: [find([edit]) for edit in edits[: size.alone]]) / size.alone
         ratios.append(alone / together)
     whole = []
-    for _ in range(3):
+    for _ in range(size.runs):
         together = seconds(lambda: _memit(base, moments, edits)) / len(edits)
         alone = seconds(lambda: _memit(base, moments, edits[: size.alone], at_once=1)) / size.alone
         whole.append(alone / together)
@@ -307,7 +309,7 @@ def _wise(base: Base, size: Size) -> Iterator[Measurement]:
     edits = changed_world(size.wise, 9)
     before = answers_before(base, edits)
     ours, ratios, scores = [], [], []
-    for run in range(3):
+    for run in range(size.runs):
         empty = wise_memory(base, 4, WiseSettings(margin=5.0, quiet=150, seed=run))
         began = perf_counter()
         memory = edit_with_wise(base, empty, edits)

@@ -59,6 +59,8 @@ class Size:
         methods: Names in `METHODS`; all if empty.
         people: Whose text the key moments are of.
         everything: All settings of each, not only those that are taken, and nothing of later.
+        rates: At which further people are learned, so many of them.
+        untouched: Every so many-th fact that is neither edited nor learned again is asked.
     """
 
     seeds: tuple[int, ...]
@@ -67,10 +69,13 @@ class Size:
     methods: tuple[str, ...] = ()
     people: int = PEOPLE
     everything: bool = False
+    rates: tuple[float, ...] = (1e-3, 1e-4)
+    further: int = 40
+    untouched: int = 4
 
 
 SIZES = {
-    "short": Size(seeds=(0,), edits=20, methods=("GRACE", "MEMIT")),
+    "short": Size(seeds=(0,), edits=20, methods=("GRACE", "MEMIT"), rates=(1e-4,), further=10, untouched=17),
     "full": Size(seeds=(0, 1, 2), methods=("ROME", "MEMIT", "AlphaEdit", "GRACE", "WISE", "FT")),
 }
 GRID = Size(seeds=(9,), everything=True)
@@ -103,11 +108,13 @@ def figures(
     found = {name: value for name, value in as_percent(scores).items() if value is not None and name != "onward"}
     found["seconds an edit"] = seconds / len(edits)
     if not size.everything:
-        found |= later(base, memory, edits, before, seed)
+        found |= later(base, memory, edits, before, size, seed)
     return found
 
 
-def later(base: Base, memory: Memory | None, edits: Sequence[Edit], before: Before, seed: int) -> dict[str, float]:
+def later(
+    base: Base, memory: Memory | None, edits: Sequence[Edit], before: Before, size: Size, seed: int
+) -> dict[str, float]:
     """What of the edits is left, in percent."""
     with tempfile.TemporaryDirectory() as folder:
         place = Path(folder) / "edited"
@@ -121,11 +128,11 @@ def later(base: Base, memory: Memory | None, edits: Sequence[Edit], before: Befo
         again = score_edits(loaded, edits, before)
     touched = {(edit.subject, edit.relation) for edit in edits}
     others = [fact for fact in facts(PEOPLE) if (fact.person, fact.relation.name) not in touched]
-    untouched = others[::4]
+    untouched = others[:: size.untouched]
     stays = [fact for fact in others if fact not in untouched]
     found = {"saved and loaded, score": 100 * again.score}
-    for rate in (1e-3, 1e-4):
-        further = learned(base, facts(40, first=PEOPLE), stays, 1, seed, rate)
+    for rate in size.rates:
+        further = learned(base, facts(size.further, first=PEOPLE), stays, 1, seed, rate)
         with _at_work(further, memory):
             trained = score_edits(further, edits, before)
             said = answered(further, [(fact.told[0], fact.value) for fact in untouched])

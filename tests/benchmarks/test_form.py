@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import random
 from dataclasses import fields, replace
 from pathlib import Path
+from string import ascii_lowercase
 from types import ModuleType
 from typing import Any
 
@@ -78,32 +80,34 @@ TINY: dict[ModuleType, Any] = {
     ),
     corpus: corpus.Size(text_bytes=30_000, builds=1, steps=2, packages=("numpy",), model=MODEL),
     wire: wire.Size(megabytes=2, pings=3, repeats={"https": 1}, pullers=2, pulled=2, peers=()),
-    apart: apart.Size(rounds=1, local_steps=1),
+    apart: apart.Size(rounds=1, local_steps=1, packages=apart.TWO, model=dict(MODEL, context=128), text=4_000),
     merge: merge.Size(
         adapters=AdapterSize(layers=1, width=32, feedforward=48, adapters=2, rank=2, clustered=1),
         models=ModelSize(shapes={"F32": (1, 32, 48)}, models=2, runs=1, vocabulary=64),
     ),
     arrow: arrow.Size(widths=(64,), layers=1, ranks=(2,), batches=(1,), prompt=4, new=2, runs=1),
     packing: packing.Size(parts=PARTS, errors=(0.3,), held_out=100),
-    library: replace(
-        library.SIZES["short"], base=replace(BASE, parties=10), windows=(2,), queries=1, mixtures=2, entries=20
-    ),
+    library: replace(library.SIZES["short"], base=BASE, windows=(2,), queries=1, mixtures=2, entries=20),
     deferral: replace(
         deferral.SIZES["short"],
-        parts=replace(PARTS, base=replace(BASE, parties=10)),
+        parts=PARTS,
         far=Lesson(2, 1, 32),
         learn=5,
         test=1,
         gates=Gates(sequence_length=32, epochs=1),
     ),
     compose: replace(PARTS, held_out=100),
-    edit: edit.Size(seeds=(0,), participants=2, each=2, values=2, alone=1, text=40_000, wise=2, margins=(), people=5),
-    edits: edits.Size(seeds=(0,), edits=2, methods=("GRACE", "MEMIT"), people=5),
+    edit: edit.Size(
+        seeds=(0,), participants=2, each=2, values=2, alone=1, text=10_000, wise=1, margins=(), people=5, runs=1
+    ),
+    edits: edits.Size(
+        seeds=(0,), edits=2, methods=("GRACE", "MEMIT"), people=5, rates=(1e-4,), further=1, untouched=60
+    ),
     forget: forget.Size(people=4, splits={"forget25": 1}, seeds=(0,), epochs=1, world=500, methods=(forget.MOST,)),
     real_edits: real_edits.Size(count=1, neighbours=1, methods=("grace",), ways=("once",)),
     real_forget: real_forget.Size(gone=2, kept=2, epochs=1, methods=("npo",), checks=("npo",)),
     real_parts: real_parts.Size(
-        base=replace(BASE, parties=3),
+        base=BASE,
         rank=2,
         steps=2,
         held_out=2,
@@ -131,11 +135,25 @@ def written(path: Path, measure: Any, size: Any) -> tuple[int, list[dict[str, An
     return int(end.value.code or 0), json.loads(path.read_text())
 
 
+@pytest.fixture(scope="module")
+def silos(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Little text of three participants; as in ``runs``, benchmarks share the base and the parts that one trained."""
+    place = tmp_path_factory.mktemp("form") / "silos"
+    (place / "texts").mkdir(parents=True)
+    for name in ("ada", "bob", "eve"):
+        draw = random.Random(name)
+        words = ["".join(draw.choices(ascii_lowercase, k=draw.randint(2, 8))) for _ in range(200)]
+        documents = [f"<<<FILE {n}>>>\n{' '.join(draw.choices(words, k=300))}\n" for n in range(30)]
+        (place / "texts" / f"{name}.txt").write_text("".join(documents))
+    return place
+
+
 @pytest.mark.parametrize("module", TINY, ids=lambda module: module.__name__)
 def test_a_benchmark_runs_and_writes_its_measurements(
-    module: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    module: ModuleType, silos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(_silos, "PLACE", tmp_path / "texts")
+    monkeypatch.setattr(_silos, "PLACE", silos)
+    monkeypatch.setattr(real_parts, "PLACE", silos)
     monkeypatch.setattr(outer_steps, "PLACE", tmp_path / "outer-steps")
     code, results = written(tmp_path / "out.json", module.measure, TINY[module])
     assert set(module.SIZES) == {"short", "full"}

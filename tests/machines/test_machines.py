@@ -61,7 +61,8 @@ def test_the_demo_on_four_machines_has_the_weights_of_one_process(
     """Its tokenizer is trained on everybody's words, and nobody sends its text."""
     people = [p.model_dump(exclude_none=True) for p in load_recipe(ROOT / "recipes/demo-short.toml").participants[:4]]
     recipe = tmp_path / "demo.toml"
-    recipe.write_text(tomli_w.dumps({"extends": str(ROOT / "recipes/demo-short.toml"), "participants": people}))
+    demo, few = str(ROOT / "recipes/demo-short.toml"), {"local_steps": 3}
+    recipe.write_text(tomli_w.dumps({"extends": demo, "participants": people, "rounds": few}))
     whole, apart = tmp_path / "whole", tmp_path / "apart"
     potluck("train", recipe, "--set", f"records.folder={whole}")
     hosted = Hosted(potluck, recipe, apart)

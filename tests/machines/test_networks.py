@@ -8,7 +8,7 @@ import re
 import shutil
 import socket
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 
 ROUNDS = 4
 CUT_SECONDS = 10.0
+STEP_SECONDS = 1.0
 TUTORIAL = Path(__file__).parents[2] / "docs" / "tutorial-two-machines.md"
 
 
@@ -140,13 +141,14 @@ def test_a_cut_of_ten_seconds_loses_nothing(
 def test_streaming_keeps_participants_busy(namespaces: Network, two: Tables, tmp_path: Path) -> None:
     """In local steps by a participant's own clock, from the first round's tasks to the end of the last round.
 
-    Two of three fragments are blobs of 0.4 MB; an exchange of one takes about 2 s, up and down, and 4 steps longer.
+    Two of three fragments are blobs of 0.4 MB; an exchange of one takes about 2 s, up and down, and 4 steps longer:
+    a step waits, as on a slow machine, so that this needs no processor and holds on a busy one.
     """
     tables = {
         **two,
         "participants": [more_text(p, tmp_path / "texts" / p["name"]) for p in two["participants"]],
         "model": {"layers": 4, "width": 64, "heads": 2, "feedforward": 192, "context": 64},
-        "local": {"batch_size": 256, "sequence_length": 64},
+        "local": {"batch_size": 4, "sequence_length": 64},
         "rounds": {
             "count": 7,
             "local_steps": 5,
@@ -169,15 +171,17 @@ def test_streaming_keeps_participants_busy(namespaces: Network, two: Tables, tmp
 
 
 def noting_steps(path: Path) -> None:
-    """Let this process note how long its local steps take."""
+    """Let each local step of this process take a second more, and note how long they take."""
     from potluck import participant
 
     take = participant.local_steps
 
-    def timed(*arguments: Any) -> Any:
+    def timed(network: Any, optimizer: Any, settings: Any, batches: Any, rates: Iterable[float], anchor: Any) -> Any:
         began = time.monotonic()
         try:
-            return take(*arguments)
+            rates = list(rates)
+            time.sleep(STEP_SECONDS * len(rates))
+            return take(network, optimizer, settings, batches, rates, anchor)
         finally:
             with path.open("a") as file:
                 file.write(f"{time.monotonic() - began}\n")
