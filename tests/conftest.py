@@ -183,7 +183,16 @@ class Potluck:
 @pytest.fixture(scope="session")
 def potluck_in() -> Callable[[Path], Potluck]:
     """Verbs that write what they say below a folder."""
-    import potluck.commands  # noqa: F401 - loaded here, it is there in every child
+    import typer.completion  # noqa: F401 - what is loaded and drawn here once is there in every child
+    from transformers.conversion_mapping import get_checkpoint_conversion_mapping
+
+    import potluck.commands  # noqa: F401
+    from potluck.records.charts import Line, Panel, draw_svg
+
+    lines = [Line(label=name, points=[(0, 1.0), (1e6, 2.0)]) for name in NAMES]
+    for legend in ("outside right upper", "outside upper left"):
+        draw_svg([Panel(title="%", lines=lines)], 1, "tokens", "bits per byte", (4.0, 3.0), legend)
+    get_checkpoint_conversion_mapping("llama")  # of which all are made
 
     return Potluck
 
