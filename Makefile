@@ -1,6 +1,7 @@
 # One virtual environment, .venv, filled as far as a target needs; `make` lists the targets.
 PYTHON ?= python3
-PROCESSES ?= 2
+# One more than two cores: many tests wait for other processes or for a link.
+PROCESSES ?= 3
 RUNS ?= runs
 DEMO ?= full
 POOLED ?=
@@ -25,7 +26,7 @@ demo: .venv/.demo  ## eight participants train one model, each alone for compari
 	$(BIN)/potluck compare recipes/$(DEMO_NAME).toml --set 'records.folder=$(RUNS)/{name}' $(if $(POOLED),,--no-pooled)
 	@echo 'The report: $(abspath $(RUNS))/$(DEMO_NAME)/report.html'
 
-test: .venv/.dev  ## run the tests (PROCESSES=2)
+test: .venv/.dev  ## run the tests (PROCESSES=3)
 	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -n $(PROCESSES) --dist loadfile
 
 test-real: .venv/.dev $(SMOLLM2)  ## the same on a pretrained model, SmolLM2-135M-Instruct (92 MB, kept in MODELS=~/.cache/potluck)

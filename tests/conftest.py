@@ -186,7 +186,10 @@ def potluck_in() -> Callable[[Path], Potluck]:
     import typer.completion  # noqa: F401 - what is loaded and drawn here once is there in every child
     from transformers.conversion_mapping import get_checkpoint_conversion_mapping
 
-    import potluck.commands  # noqa: F401
+    import potluck.commands
+    import potluck.hosting
+    import potluck.joining
+    import potluck.looking  # noqa: F401
     from potluck.records.charts import Line, Panel, draw_svg
 
     lines = [Line(label=name, points=[(0, 1.0), (1e6, 2.0)]) for name in NAMES]
