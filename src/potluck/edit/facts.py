@@ -1,8 +1,8 @@
 """What is to be edited: a prompt that names its subject, and what the model shall answer.
 
-A file is a JSON list, or JSON lines. Beside our own records it may hold those of CounterFact (nested, or flat as EasyEdit and MEMIT
-have them) and zsRE; which it is, is told by the fields of its first record. Published files hold records that cannot be
-edited, such as one of zsRE with an empty target: those are left out, and it is said which.
+A file is a JSON list, or JSON lines. Beside our own records it may hold those of CounterFact (nested, or flat as
+EasyEdit and MEMIT have them) and zsRE; which it is, is told by the fields of its first record. Published files hold
+records that cannot be edited, such as one of zsRE with an empty target: those are left out, and it is said which.
 """
 
 from __future__ import annotations
