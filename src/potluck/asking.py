@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from itertools import accumulate
 from typing import Any
+from urllib.parse import unquote, urlsplit
 
 import torch
 from pydantic import BaseModel
@@ -80,11 +81,20 @@ def refusals(asks: Asks, policy: Policy) -> list[str]:
         found.append(f"{asks.parameters:,} parameters, the policy allows {policy.max_parameters:,}")
     if asks.message_bytes is not None and asks.message_bytes > policy.max_bytes:
         found.append(f"messages of {asks.message_bytes:,} bytes, the policy allows {policy.max_bytes:,}")
-    if asks.blobs != "jetstream" and not any(asks.blobs.startswith(store) for store in policy.stores):
+    if asks.blobs != "jetstream" and not any(_within(asks.blobs, store) for store in policy.stores):
         found.append(
             f"large messages in {asks.blobs}, the policy allows {', '.join(policy.stores) or 'no other store'}"
         )
     return found
+
+
+def _within(url: str, store: str) -> bool:
+    """Whether a URL is that of a store or of a folder in it: a name that only begins alike is somebody else's."""
+    asked, allowed = urlsplit(url), urlsplit(store)
+    path, root = (one.path.strip("/").split("/") for one in (asked, allowed))
+    inside = root == [""] or path[: len(root)] == root
+    same = (asked.scheme, asked.netloc, asked.query) == (allowed.scheme, allowed.netloc, allowed.query)
+    return same and inside and ".." not in unquote(asked.path).split("/")
 
 
 class _Fields(BaseModel):

@@ -202,6 +202,8 @@ def hostile_tokenizers() -> Iterator[tuple[dict[str, object], str]]:
     yield {"model": {**bpe, "vocab": {"a": 0, "z" * 100_000: 1}}}, "a token of 100000 characters"
     yield {"model": {"type": "Unigram", "unk_id": 0, "vocab": [["b" * 1_000_000, 0.0]]}}, "a token of 1000000 char"
     yield {"model": {**bpe, "continuing_subword_prefix": "é", "merges": [["a", "b"]]}}, "ends at 0"  # a panic
+    piece = {"type": "WordPiece", "vocab": {"[UNK]": 0}, "unk_token": "[UNK]", "continuing_subword_prefix": "##"}
+    yield {"model": {**piece, "max_input_chars_per_word": 10**9}}, "words of 1000000000 characters"
     yield rules("normalizer", "normalizers", double, 40), "times as long"
     yield rules("normalizer", "normalizers", {"type": "ByteLevel"}, 20), "times as long"
     yield rules("normalizer", "normalizers", {"type": "Prepend", "prepend": "x"}, 1000), "rules, at most 64"

@@ -7,6 +7,7 @@ from typing import Any, cast
 
 import pytest
 
+from potluck.asking import Asks, refusals
 from potluck.corpus.tokenizer import build_vocabulary
 from potluck.errors import PolicyError
 from potluck.joined import Joined
@@ -14,6 +15,26 @@ from potluck.joining import _prepare
 from potluck.recipe import parse_recipe
 from potluck.recipe.part import Policy
 from potluck.records.journal import Journal
+
+
+@pytest.mark.parametrize(
+    ("allowed", "asked", "passes"),
+    [
+        ("s3://team", "s3://team/run", True),
+        ("s3://team/potluck/", "s3://team/potluck", True),
+        ("s3://team", "s3://team-of-eve/run", False),
+        ("s3://team", "s3://team@eve/run", False),
+        ("s3://team", "gs://team", False),
+        ("s3://team/potluck", "s3://team/potluck-of-eve", False),
+        ("s3://team/potluck", "s3://team/potluck/../private", False),
+        ("s3://team/potluck", "s3://team/potluck/%2e%2e/private", False),
+        ("https://store.example", "https://store.example.eve.net", False),
+        ("https://store.example/a", "https://store.example/a?endpoint=eve", False),
+    ],
+)
+def test_a_store_is_that_place_and_what_lies_in_it(allowed: str, asked: str, passes: bool) -> None:
+    asks = Asks("r", 1, 1, 1, ("train",), 1, 4, asked)
+    assert (refusals(asks, Policy(stores=(allowed,))) == []) is passes
 
 
 def test_a_model_beyond_the_policy_is_refused_before_it_is_built(tmp_path: Path) -> None:

@@ -28,6 +28,7 @@ from potluck.errors import ModelError
 from potluck.models.build import build_model, load_folder
 from potluck.models.check import checked_folder
 from potluck.models.flat import flatten
+from potluck.models.folder import copy_tokenizer
 from potluck.models.shapes import parameter_count, parameter_shapes
 from potluck.recipe.schema import ModelFolder
 
@@ -216,6 +217,8 @@ def test_a_configuration_of_countless_parts_is_refused_before_they_are_made(tmp_
     for changes, said in (
         ({"num_hidden_layers": 10**9}, "num_hidden_layers = 1000000000, at most 1000"),
         ({"text_config": {"n_layer": 1001}}, "n_layer = 1001"),
+        ({"parts": [{"base": {"n_layer": 1001}}]}, "n_layer = 1001"),
+        ({"parts": [{"n_layer": 900}] * 9}, "n_layer = 900, at most 1000"),
         ({"num_local_experts": 10**6}, "num_local_experts"),
         ({"num_labels": 10**10}, "num_labels"),
         ({"hidden_size": 1 << 40, "intermediate_size": 1 << 40}, "cannot be loaded"),
@@ -224,3 +227,24 @@ def test_a_configuration_of_countless_parts_is_refused_before_they_are_made(tmp_
         (tmp_path / "config.json").write_text(json.dumps(config | changes))
         with pytest.raises(ModelError, match=said):
             checked_folder(tmp_path)
+
+
+def test_a_link_in_a_strangers_folder_fetches_nothing_of_mine(tmp_path: Path) -> None:
+    own, model, out = tmp_path / "own", tmp_path / "model", tmp_path / "out"
+    for folder in (own, model, out):
+        folder.mkdir()
+    (own / "secret").write_text("mine")
+    (model / "LICENSE").symlink_to("../own/secret")
+    with pytest.raises(ModelError, match="a link to a file outside"):
+        copy_tokenizer(model, out)
+    assert not (out / "LICENSE").exists()
+
+
+def test_the_links_of_the_hubs_cache_are_followed(tmp_path: Path) -> None:
+    cached, blobs, out = (tmp_path / place for place in ("snapshots/1", "blobs", "out"))
+    for folder in (cached, blobs, out):
+        folder.mkdir(parents=True)
+    (blobs / "ab12").write_text("MIT")
+    (cached / "LICENSE").symlink_to("../../blobs/ab12")
+    copy_tokenizer(cached, out)
+    assert (out / "LICENSE").read_text() == "MIT"

@@ -20,6 +20,7 @@ from potluck.errors import ModelError
 from potluck.untrusted import loads, read_bytes
 
 _MAX_TOKEN = 1024  # characters; byte-level vocabularies hold runs of a few hundred
+_MAX_WORD = 1000  # characters of a word that WordPiece tries to divide, in time that grows with their square
 _MAX_UNUSED = 1 << 16  # ids below the highest that no token has, beside as many as there are tokens
 _MAX_PARTS = 64  # of normalizer, pre-tokenizer, post-processor and decoder together
 _MAX_TEXT = 2048  # of a pattern, or of what is put in place of one
@@ -99,6 +100,9 @@ def _check(table: Any, size: int) -> None:
 
 def _check_model(model: Mapping[str, Any], size: int, alone: bool) -> None:
     """The vocabulary: token to id, or for Unigram a list of token and score."""
+    longest = model.get("max_input_chars_per_word", 0)
+    if type(longest) is not int or longest > _MAX_WORD:
+        raise ValueError(f"words of {longest} characters, at most {_MAX_WORD} are divided")
     vocabulary = model.get("vocab")
     if isinstance(vocabulary, dict):
         if vocabulary or alone:

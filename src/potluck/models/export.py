@@ -6,7 +6,6 @@ stored in, ``config.json`` in the form it has there, the generation config, and 
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -19,7 +18,7 @@ from transformers import AutoConfig, GenerationConfig, PreTrainedModel, PreTrain
 from potluck.errors import StorageError
 from potluck.files import storing
 from potluck.models.check import checked_folder
-from potluck.models.folder import copy_generation_config, copy_tokenizer
+from potluck.models.folder import copy_generation_config, copy_own, copy_tokenizer
 from potluck.recipe.schema import Model, ModelFolder, TokenizerFolder
 from potluck.recipe.schema import Tokenizer as TokenizerTable
 
@@ -92,7 +91,7 @@ def _save(model: PreTrainedModel, source: Path | None, folder: Path) -> None:
         with _stored_as(model, types if same else {}):
             model.save_pretrained(folder)
         if same and source is not None:
-            shutil.copyfile(source / "config.json", folder / "config.json")
+            copy_own(source / "config.json", source, folder / "config.json")
     except (OSError, SafetensorError) as error:
         raise StorageError(f"{folder}: the model cannot be written ({error})") from None
     finally:

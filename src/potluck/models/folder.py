@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import re
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,6 +27,7 @@ _TOKENIZER = (
 )
 _MALFORMED = (AttributeError, KeyError, TypeError, ValueError)
 _MOST = {"layer": 1000, "expert": 4096, "head": 1 << 16, "label": 1 << 16}
+_MOST_IN_ALL = 8  # times as many, over all models in one folder
 _DIGITS = 40  # some write 10^30 for a length without bound
 
 
@@ -66,34 +67,61 @@ def folder_config(folder: Path) -> dict[str, Any]:
         raise ModelError(f"{folder}: not a model folder ({error})", "save it with model.save_pretrained") from None
     if not isinstance(config, dict):
         raise ModelError(f"{folder}/config.json: not a JSON object")
-    for table in (config, *(inner for inner in config.values() if isinstance(inner, dict))):
-        _check_counts(folder, table)
+    _check_counts(folder, config)
     return config
 
 
-def _check_counts(folder: Path, table: Mapping[str, Any]) -> None:
+def _check_counts(folder: Path, config: dict[str, Any]) -> None:
     """Refuse a model of so many parts that describing it takes the memory, before a single weight does."""
-    for key, value in table.items():
+    counted = dict.fromkeys(_MOST, 0)  # of a model in which there are others
+    for key, value in _entries(config):
         for part, most in _MOST.items():
-            if re.search(rf"(^|_){part}s?$", key) and isinstance(value, int) and value > most:
-                raise ModelError(f"{folder}/config.json: {key} = {value}, at most {most} are built")
+            if re.search(rf"(^|_){part}s?$", key) and isinstance(value, int):
+                counted[part] += max(value, 0)
+                if value > most or counted[part] > _MOST_IN_ALL * most:
+                    raise ModelError(f"{folder}/config.json: {key} = {value}, at most {most} are built")
+
+
+def _entries(value: Any) -> Iterator[tuple[str, Any]]:
+    """Keys and values of a table and of all tables in it."""
+    if isinstance(value, dict):
+        yield from value.items()
+    for inner in value.values() if isinstance(value, dict) else value if isinstance(value, list) else ():
+        yield from _entries(inner)
 
 
 def copy_tokenizer(source: Path, to: Path) -> None:
     """Copy a folder's tokenizer byte for byte, with its chat templates and its licence.
 
     Raises:
+        ModelError: One is a link to a file outside the folder.
         OSError: Something cannot be read or written.
     """
     for path in sorted({path for pattern in _TOKENIZER for path in source.glob(pattern) if path.is_file()}):
         (to / path.relative_to(source)).parent.mkdir(exist_ok=True)
-        shutil.copyfile(path, to / path.relative_to(source))
+        copy_own(path, source, to / path.relative_to(source))
+
+
+def copy_own(path: Path, folder: Path, to: Path) -> None:
+    """Copy a file of a model folder that may be a stranger's: a link must not fetch a file of this machine's owner.
+
+    Links of the hub's cache lead from ``snapshots/COMMIT`` to the ``blobs`` beside ``snapshots``.
+
+    Raises:
+        ModelError: It is a link to a file outside the folder.
+        OSError: It cannot be read or written.
+    """
+    cached = folder.absolute().parent
+    roots = (folder, cached.parent / "blobs") if cached.name == "snapshots" else (folder,)
+    if not any(path.resolve().is_relative_to(root.resolve()) for root in roots):
+        raise ModelError(f"{path}: a link to a file outside the model's folder", "copy the file there if it is yours")
+    shutil.copyfile(path, to)
 
 
 def copy_generation_config(source: Path, to: Path) -> bool:
     """Copy how a folder's model generates, if it says so; whether it does."""
     if (source / GENERATION).is_file():
-        shutil.copyfile(source / GENERATION, to / GENERATION)
+        copy_own(source / GENERATION, source, to / GENERATION)
         return True
     return False
 

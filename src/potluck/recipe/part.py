@@ -32,7 +32,7 @@ class Policy(Table):
     max_local_steps: int = setting(10_000, "Local steps in one task, at most.", unit="local steps", ge=1)
     max_bytes: int = setting(16 << 30, "Tensors of one message, either way, at most.", unit="bytes", ge=1)
     stores: tuple[str, ...] = setting(
-        (), "Object stores that may hold large messages, by the beginning of their URL; the message server may always."
+        (), "Object stores, or folders in them, that may hold large messages, by URL; the message server may always."
     )
     max_parameters: int = setting(4_000_000_000, "Size of the model, at most.", unit="parameters", ge=1)
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack
 from pathlib import Path
@@ -21,7 +20,7 @@ from potluck.compose.merging.streaming import Stack, merge_all
 from potluck.errors import RecipeError
 from potluck.files import appearing, name_of, storing, write_text
 from potluck.models.check import Checked, checked_folder
-from potluck.models.folder import copy_generation_config, copy_tokenizer
+from potluck.models.folder import copy_generation_config, copy_own, copy_tokenizer
 
 MODEL_METHODS: Mapping[str, type[Rule]] = {
     "linear": Linear,
@@ -137,6 +136,6 @@ def _weights(folder: Checked) -> AbstractContextManager[dict[str, StoredTensor]]
 def _carry_over(source: Path, to: Path) -> None:
     """Copy configuration and tokenizer: no code, no weights, and no records of what was done to the source."""
     with storing(to):
-        shutil.copyfile(source / "config.json", to / "config.json")
+        copy_own(source / "config.json", source, to / "config.json")
         copy_generation_config(source, to)
         copy_tokenizer(source, to)
