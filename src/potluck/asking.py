@@ -177,6 +177,21 @@ def check_size(policy: Policy, contribution: Contribution) -> None:
         raise PolicyError(f"not allowed here: an answer of {size} bytes, at most {policy.max_bytes}")
 
 
+def check_kept(policy: Policy, states: int, each: int) -> None:
+    """Hold what is kept for a coordinator that goes back to its last checkpoint against the policy.
+
+    Args:
+        states: After so many tasks, at most.
+        each: Bytes of one.
+
+    Raises:
+        PolicyError: They take more room than that.
+    """
+    if states * each > policy.max_disk:
+        hint = "raise `max_disk` in the policy, or ask the coordinator for a shorter `records.checkpoint_every`"
+        raise PolicyError(f"{states} states of {each:,} bytes on disk; the policy allows {policy.max_disk:,}", hint)
+
+
 def local_recipe(recipe: Recipe, name: str, part: Part, shards: str) -> Recipe:
     """The run's recipe as one participant uses it: its own text, model folder and machine, and nobody else's.
 

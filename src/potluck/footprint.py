@@ -101,6 +101,15 @@ def checkpoint_bytes(recipe: Recipe, size: int, trainers: int) -> int:
     return _FP32 * size * vectors
 
 
+def states_kept(recipe: Recipe, size: int) -> tuple[int, int]:
+    """States that a participant over nats keeps for a coordinator that goes back to its checkpoint, and bytes of one.
+
+    With each state lies the answer, in full precision at most.
+    """
+    every = with_period(recipe, size, 0).records.checkpoint_every or 1
+    return 2 * every + 4, _FP32 * size * (1 + _kept_vectors(recipe))
+
+
 def with_period(recipe: Recipe, size: int, trainers: int) -> Recipe:
     """The recipe with the rounds between two checkpoints: its own, or so many that a round writes half a gigabyte."""
     records = recipe.records

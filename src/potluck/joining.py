@@ -25,7 +25,7 @@ from typing import Any
 import torch
 
 from potluck import __version__
-from potluck.asking import Asks, Request, about_asks, check_size, request_of, words_contribution
+from potluck.asking import Asks, Request, about_asks, check_kept, check_size, request_of, words_contribution
 from potluck.compose.base import load_base
 from potluck.compose.decoding.models import Here
 from potluck.compose.decoding.opened import same_tokens
@@ -49,7 +49,7 @@ from potluck.errors import (
     PotluckError,
     TrainingError,
 )
-from potluck.footprint import with_period
+from potluck.footprint import states_kept
 from potluck.joined import Joined
 from potluck.local.network import Network, device_named, place
 from potluck.local.optimizers import InnerOptimizer
@@ -179,8 +179,8 @@ def _prepare(joined: Joined, vocabulary: Vocabulary) -> tuple[Participant, Local
     optimizer = InnerOptimizer(recipe.local.optimizer, network.flat, network.model)
     state = new_state(network, optimizer, recipe, fragments)
     identity = {"run": joined.site.post.names.run, "text": holding.content_hash, "tokenizer": vocabulary.content_hash}
-    every = with_period(recipe, network.flat.vector.numel(), 0).records.checkpoint_every or 1
-    store = LocalStore(joined.folder, identity, keep=2 * every + 4)
+    check_kept(joined.policy, *(kept := states_kept(recipe, network.flat.vector.numel())))
+    store = LocalStore(joined.folder, identity, kept[0])
     batches = (batches_of(recipe, holding),)
     predictor = _predictor(joined, vocabulary)
     if joined.edits is not None and recipe.editing is None:
@@ -224,9 +224,11 @@ def _check_layout(joined: Joined, network: Network) -> None:
 
 def _check_size(joined: Joined, vocabulary: Vocabulary) -> None:
     """Hold the model against the policy, before anything of it is built."""
-    count = parameter_count(joined.recipe.model, vocabulary.size)
-    if count > joined.policy.max_parameters:
-        raise PolicyError(f"a model of {count:,} parameters; the policy allows {joined.policy.max_parameters:,}")
+    count, local, policy = parameter_count(joined.recipe.model, vocabulary.size), joined.recipe.local, joined.policy
+    streams = local.adaptive_batch.streams if local.adaptive_batch else 1
+    if streams * count > policy.max_parameters:
+        times = f"{streams} models side by side" if streams > 1 else "a model"
+        raise PolicyError(f"{times} of {count:,} parameters; the policy allows {policy.max_parameters:,}")
 
 
 def _serve(joined: Joined, participant: Participant, store: LocalStore) -> str:

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
 
 import pytest
 
-from potluck.asking import Asks, refusals
+from potluck.asking import Asks, check_kept, refusals
 from potluck.corpus.tokenizer import build_vocabulary
 from potluck.errors import PolicyError
+from potluck.footprint import states_kept
 from potluck.joined import Joined
 from potluck.joining import _prepare
 from potluck.recipe import parse_recipe
@@ -54,3 +56,25 @@ def test_a_model_beyond_the_policy_is_refused_before_it_is_built(tmp_path: Path)
     )  # fmt: skip
     with pytest.raises(PolicyError, match="parameters; the policy allows 1,000,000"):
         _prepare(joined, build_vocabulary(recipe))
+    small = {"layers": 1, "width": 128, "heads": 2, "feedforward": 128}
+    streams = parse_recipe(
+        {
+            "participants": [{"name": "ann", "source": {"path": "nowhere"}}],
+            "model": small,
+            "tokenizer": {"kind": "bytes"},
+            "local": {"adaptive_batch": {"streams": 64}},
+        }
+    )
+    with pytest.raises(PolicyError, match="64 models side by side"):
+        _prepare(replace(joined, recipe=streams), build_vocabulary(streams))
+
+
+def test_a_coordinator_does_not_decide_how_much_disk_is_taken() -> None:
+    """States are kept for as long as the coordinator may go back: two periods of its checkpoints."""
+    tables = {"participants": [{"name": "ann", "source": {"path": "x"}}], "engine": {"kind": "nats"}}
+    rare = parse_recipe({**tables, "records": {"checkpoint_every": 10**6}})
+    often = parse_recipe({**tables, "records": {"checkpoint_every": 2}})
+    assert states_kept(often, 1_000_000) == (8, 12_000_000)  # an answer, and two moments of each weight
+    check_kept(Policy(max_disk=96_000_000), *states_kept(often, 1_000_000))
+    with pytest.raises(PolicyError, match="2000004 states of 12,000,000 bytes"):
+        check_kept(Policy(), *states_kept(rare, 1_000_000))

@@ -229,6 +229,14 @@ def test_a_configuration_of_countless_parts_is_refused_before_they_are_made(tmp_
             checked_folder(tmp_path)
 
 
+def test_layers_that_only_the_configurations_class_counts(tmp_path: Path) -> None:
+    config = {"model_type": "nemotron_h", "hybrid_override_pattern": "M" * 3000, "vocab_size": 8, "hidden_size": 8}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    save_file({"x": torch.zeros(1)}, tmp_path / "model.safetensors")
+    with pytest.raises(ModelError, match="3000 layers, at most 1000"):
+        checked_folder(tmp_path)
+
+
 def test_a_link_in_a_strangers_folder_fetches_nothing_of_mine(tmp_path: Path) -> None:
     own, model, out = tmp_path / "own", tmp_path / "model", tmp_path / "out"
     for folder in (own, model, out):

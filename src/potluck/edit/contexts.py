@@ -21,11 +21,12 @@ from potluck.edit.layout import Layout, host, run_to
 from potluck.edit.prompts import Row, row, rows_of
 from potluck.errors import EditError
 
+COUNT, LENGTH = 5, 10  # texts, and tokens of each
 _ROWS = 64  # in a batch
 Site = Literal["subject", "prompt"]  # whose last token is edited
 
 
-def contexts(base: Base, seed: int = 0, count: int = 5, length: int = 10) -> tuple[str, ...]:
+def contexts(base: Base, seed: int = 0, count: int = COUNT, length: int = LENGTH) -> tuple[str, ...]:
     """Beginnings of texts, drawn from the model: the same for the same weights and seed on one kind of machine."""
     draw = torch.Generator().manual_seed(seed)
     start = base.vocabulary.prompt("")

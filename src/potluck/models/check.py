@@ -13,7 +13,7 @@ from transformers.configuration_utils import PreTrainedConfig
 from transformers.conversion_mapping import get_checkpoint_conversion_mapping
 
 from potluck.errors import ModelError
-from potluck.models.folder import Stored, folder_config, stored_tensors
+from potluck.models.folder import Stored, check_layers, folder_config, stored_tensors
 from potluck.models.own import register
 
 _WEIGHT_TYPES = {"F64", "F32", "F16", "BF16"}
@@ -94,8 +94,11 @@ def _skeleton(folder: Path) -> PreTrainedModel:
     """The model without memory for its weights."""
     try:
         config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+        check_layers(folder, getattr(config.get_text_config(), "num_hidden_layers", 0))  # some count a text's letters
         with torch.device("meta"):
             return AutoModelForCausalLM.from_config(config, attn_implementation="sdpa", trust_remote_code=False)  # type: ignore[no-any-return]
+    except ModelError:
+        raise
     except Exception as error:  # transformers raises many types for a damaged folder
         raise ModelError(f"{folder}: the model cannot be loaded: {first_line(error)}") from error
 

@@ -82,6 +82,16 @@ def _check_counts(folder: Path, config: dict[str, Any]) -> None:
                     raise ModelError(f"{folder}/config.json: {key} = {value}, at most {most} are built")
 
 
+def check_layers(folder: Path, layers: int | None) -> None:
+    """Refuse a model of very many layers before they are made.
+
+    Raises:
+        ModelError: Saying how many, and the most.
+    """
+    if isinstance(layers, int) and layers > _MOST["layer"]:
+        raise ModelError(f"{folder}/config.json: {layers} layers, at most {_MOST['layer']} are built")
+
+
 def _entries(value: Any) -> Iterator[tuple[str, Any]]:
     """Keys and values of a table and of all tables in it."""
     if isinstance(value, dict):

@@ -26,7 +26,7 @@ class Nats(Table):
     start_with: int | None = setting(
         None, "How many must have joined before the first round; all if left out.", unit="participants", ge=1
     )
-    heartbeat: float = setting(5.0, "Time between two signs of life of a participant.", unit="seconds", gt=0, le=60)
+    heartbeat: float = setting(5.0, "Time between two signs of life of a participant.", unit="seconds", ge=0.05, le=60)
     silence: float = setting(
         30.0, "Without a sign of life for so long a participant is shown as silent.", unit="seconds", gt=0
     )

@@ -34,7 +34,13 @@ class Policy(Table):
     stores: tuple[str, ...] = setting(
         (), "Object stores, or folders in them, that may hold large messages, by URL; the message server may always."
     )
-    max_parameters: int = setting(4_000_000_000, "Size of the model, at most.", unit="parameters", ge=1)
+    max_parameters: int = setting(
+        4_000_000_000, "Size of the models that are trained side by side, in all, at most.", unit="parameters", ge=1
+    )
+    max_disk: int = setting(
+        200 << 30, "States that are kept on disk so that the run may go back to its last checkpoint, at most.",
+        unit="bytes", ge=1,
+    )  # fmt: skip
 
 
 class Limits(Table):

@@ -28,6 +28,7 @@ from torch import Tensor
 from potluck.aggregation.statistics import SummedStatistics
 from potluck.contribution import Contribution, Header, Scalar
 from potluck.edit.closed_form import alphaedit_update, asked_in, memit_update, null_space
+from potluck.edit.contexts import COUNT, LENGTH
 from potluck.edit.together.claims import Claim, Decisions, Resolution, read_claims, resolved
 from potluck.edit.together.maps import Maps
 from potluck.edit.together.sums import (
@@ -47,6 +48,7 @@ from potluck.untrusted import loads
 
 CLAIMS, MOMENTS, EDIT = "claims", "moments", "edit"
 _MAX_CONTEXTS = 1 << 14  # characters
+_MAX_TOKEN = 64  # characters, on the average of a text
 
 
 class Ask(Protocol):
@@ -333,4 +335,6 @@ def read_contexts(said: object) -> str:
         found = None
     if not isinstance(found, list) or not all(isinstance(text, str) for text in found):
         raise EditError("the contexts that came are no list of texts")
+    if len(found) > COUNT or any(len(text) > LENGTH * _MAX_TOKEN for text in found):
+        raise EditError(f"the contexts that came are more than {COUNT} texts of {LENGTH} tokens")
     return json.dumps(found)
