@@ -47,11 +47,11 @@ from potluck.recipe.schema import ModelFolder, TokenizerFolder
 from potluck.records.card import model_card
 from potluck.records.checkpoint import Checkpoint, load_checkpoint
 from potluck.records.curves import RunRecord, read_comparison, read_run, summary_table
-from potluck.records.folder import POOLED, Variant, create_run, locked, open_run, run_folder
+from potluck.records.folder import POOLED, Variant, create_run, finished, how_to_go_on, locked, open_run, run_folder
 from potluck.records.live import view
 from potluck.records.report import write_report
 from potluck.rounds.evaluation import held_out, union_of
-from potluck.run import best_round, check_identity, finished, history, newest_checkpoint
+from potluck.run import best_round, check_identity, history, newest_checkpoint
 from potluck.stopping import Stopping, resumable
 from potluck.terminal import labelled, warn
 
@@ -85,7 +85,7 @@ def resume(folder: Path, console: Console, number: int | None) -> Result:
     """Go on with what is in a run folder."""
     recipe, variant = open_run(folder)
     if isinstance(recipe.engine, Nats):
-        raise RecipeError(f"{folder}: a hosted run", "`potluck host` with the same recipe goes on with it")
+        raise RunFolderError(f"{folder}: its participants are not in one process", f"{how_to_go_on(folder)} goes on")
     with locked(folder):
         if variant.kind != "comparison":
             return _train(folder, recipe, variant, console, number)

@@ -53,6 +53,18 @@ def storing(where: Path | str) -> Iterator[None]:
         raise StorageError(f"{where}: cannot be written ({error.strerror or error})", hint) from None
 
 
+def private_folder(folder: Path) -> Path:
+    """Make a folder that its owner alone may look into; one that is there becomes so.
+
+    Raises:
+        StorageError: It cannot be made.
+    """
+    with storing(folder):
+        folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+        folder.chmod(0o700)
+    return folder
+
+
 def write_text(path: Path, text: str) -> None:
     """Write a file whole or leave what was there, even if two processes write it or one is killed.
 

@@ -114,13 +114,11 @@ def attend(joined: Joined) -> dict[str, Any]:
         joined.ended = True
         joined.behind.shutdown(wait=True, cancel_futures=True)
         try:
-            site.say(status="left", task="")
-            site.sign_of_life()
+            site.leave()
         except AlreadyServed:
             pass  # another process goes on under this name
         except PotluckError:
             joined.journal("could not say goodbye: the server is away")
-        site.close()
 
 
 def _vocabulary(joined: Joined) -> Vocabulary | None:

@@ -23,7 +23,8 @@ from potluck.engine.nats.server import Server
 from potluck.engine.nats.site import Site
 from potluck.engine.nats.streams import make_streams, mend_streams
 from potluck.engine.nats.subjects import COORDINATOR, Names
-from potluck.errors import EngineError, InviteError, PolicyError, Refused, RunFolderError, StorageError
+from potluck.errors import EngineError, InviteError, PolicyError, Refused, StorageError
+from potluck.files import private_folder
 from potluck.hosting import gather, start_engine
 from potluck.joined import Joined
 from potluck.joining import attend, understand
@@ -31,11 +32,20 @@ from potluck.participant import EDITING
 from potluck.preflight import forecast
 from potluck.recipe import Recipe, load_recipe
 from potluck.recipe.engine import Nats
+from potluck.recipe.load import without_sources
 from potluck.recipe.part import Part, load_part
-from potluck.records.folder import Variant, check_same_recipe, create_run, locked, open_run, run_folder
+from potluck.records.folder import (
+    HOST,
+    Variant,
+    by_local,
+    check_goes_on,
+    create_run,
+    locked,
+    run_folder,
+)
 from potluck.records.journal import Journal
 from potluck.records.live import view
-from potluck.run import Run, finished, history, newest_checkpoint
+from potluck.run import Run, history, newest_checkpoint
 from potluck.sent import Sent
 from potluck.stopping import Stopping, resumable
 from potluck.terminal import agreed, warn
@@ -73,6 +83,7 @@ def host(recipe_path: Path, settings: Sequence[str], hosting: Hosting, console: 
     folder = run_folder(recipe)
     with locked(folder):
         _same_or_new(folder, recipe)
+        private_folder(folder / HOST)
         journal = Journal(folder / "host" / "host.log", lambda text: console.print(text))
         premises = open_premises(
             folder / "host", recipe.name, recipe.participant_names, hosting.place, hosting.own_keys, hosting.rotate
@@ -101,7 +112,8 @@ def _hosted(
         blobs = _blobs(recipe, connection, premises.names, journal)
         folder_in = folder / "host" / "incoming"
         post = Post(connection, premises.names, premises.seed, premises.keys, blobs, codec, folder_in)
-        _tell_how_to_join(premises, recipe, console)
+        if not by_local(folder):
+            _tell_how_to_join(premises, recipe, console)
         refusals = _Refusals(journal)
         engine = left.enter_context(closing(start_engine(recipe, post, refusals.add, claim, streams.mend)))
         hosted = gather(recipe, engine, post, folder, journal, stopping)
@@ -196,6 +208,8 @@ def join(url: str | None, invite_path: Path, part: Part, options: Joining, conso
     """Take part in a run until it is over."""
     invite = _invite(url, invite_path, options.key)
     folder = options.folder or Path("joined") / f"{invite.recipe}-{invite.run}" / invite.participant
+    if not folder.exists():
+        private_folder(folder)
     with locked(folder), closing(Sent(folder / "sent.jsonl", part.limits)) as sent:
         if why := sent.over("the next"):
             raise PolicyError(why, "raise limits of your part, or --limit, to take part again")
@@ -300,8 +314,7 @@ def _agree(asks: Asks, part: Part, invite: Invite, options: Joining, sent: Sent,
 def _hosted_recipe(path: Path, settings: Sequence[str], console: Console) -> Recipe:
     """The recipe with the nats engine and without anybody's source: those are named where participants join."""
     recipe = load_recipe(path, [*settings, "engine={kind='nats'}"])
-    bare = tuple(p.model_copy(update={"source": None, "profile": None, "edits": None}) for p in recipe.participants)
-    recipe = recipe.model_copy(update={"participants": bare})
+    recipe = without_sources(recipe)
     warn(forecast(recipe).warnings, console)
     return recipe
 
@@ -315,10 +328,7 @@ def _same_or_new(folder: Path, recipe: Recipe) -> None:
     if not (folder / "run.json").exists():
         create_run(folder, recipe, Variant("together", recipe.participant_names))
         return
-    known, _ = open_run(folder)
-    check_same_recipe(known, recipe, folder)
-    if finished(folder):
-        raise RunFolderError(f"{folder}: this run is finished", "another name or records.folder starts a new one")
+    check_goes_on(folder, recipe)
 
 
 def _storage(recipe: Recipe) -> int:

@@ -256,12 +256,6 @@ def history(folder: Path, checkpoint: Checkpoint | None) -> list[Event]:
     return list(read_events(folder / "events.jsonl", checkpoint.facts["events_position"]))
 
 
-def finished(folder: Path) -> bool:
-    """Whether the run in a folder is done."""
-    path = folder / "events.jsonl"
-    return path.exists() and any(event["event"] == "run_finished" for event in read_events(path))
-
-
 def check_identity(identity: Facts, checkpoint: Checkpoint, folder: Path) -> None:
     """Refuse to go on with a checkpoint on other text, with another tokenizer or network.
 

@@ -65,7 +65,8 @@ class Sent:
         self._lock, self._began = threading.Lock(), time.monotonic()
         with storing(path):
             path.parent.mkdir(parents=True, exist_ok=True)
-            self._file = path.open("a+b")
+            self._file = os.fdopen(os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o600), "a+b")
+            os.fchmod(self._file.fileno(), 0o600)
             self._file.seek(0)
             self._total, last = _Total(), b"\n"
             for last in self._file:

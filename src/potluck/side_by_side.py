@@ -32,12 +32,13 @@ from potluck.engine.nats.identity import load_invite
 from potluck.engine.nats.premises import WATCHER
 from potluck.engine.nats.server import running_in
 from potluck.errors import RecipeError
-from potluck.files import storing, write_text
+from potluck.files import private_folder, storing, write_text
 from potluck.recipe import Recipe, load_recipe
+from potluck.recipe.load import without_sources
 from potluck.recipe.part import Policy
 from potluck.recipe.schema import Bpe, ModelFolder
 from potluck.recipe.sources import Participant
-from potluck.records.folder import run_folder
+from potluck.records.folder import LOCAL, check_goes_on, run_folder
 
 HERE = "127.0.0.1"
 LOOK_SECONDS = 0.1
@@ -55,13 +56,16 @@ def local(recipe_path: Path, settings: Sequence[str], say: Callable[[str], None]
 
     Raises:
         RecipeError: The recipe is wrong, or a participant has no source.
+        RunFolderError: The run in the folder is another's, or finished.
     """
     recipe = load_recipe(recipe_path, [*settings, "engine={kind='nats'}"])
     folder = run_folder(recipe)
-    home = folder / "local"
+    home = folder / LOCAL
     parts = {person.name: _part(recipe, person) for person in recipe.participants}
-    with storing(home):
-        home.mkdir(parents=True, exist_ok=True)
+    if (folder / "run.json").exists():
+        check_goes_on(folder, without_sources(recipe))
+    for place in (home, *(home / name for name in parts)):
+        private_folder(place)
     logs = {name: home / f"{name}.log" for name in parts}
     say(f"coordinator: {folder / 'host' / 'host.log'}")
     for name, log in logs.items():

@@ -19,7 +19,7 @@ from potluck.errors import EngineError, InviteError, RunFolderError
 from potluck.looking import server_status
 from potluck.recipe.engine import Nats
 from potluck.records.curves import RunRecord, read_run
-from potluck.records.folder import in_use, open_run
+from potluck.records.folder import how_to_go_on, in_use, open_run
 from potluck.records.units import bytes_text, count_text, one_line
 from potluck.terminal import results, table
 
@@ -76,8 +76,7 @@ def _of_folder(folder: Path) -> Found:
     if record is not None:
         found |= _progress(record)
     if found["state"] == "finished" or not in_use(folder):
-        hosted = isinstance(recipe.engine, Nats)
-        found["go_on"] = "the command that hosted it" if hosted else f"potluck resume {folder}"
+        found["go_on"] = how_to_go_on(folder)
         return found
     found["state"] = "waiting" if record is None else "working"
     invite = folder / "host" / "invites" / f"{WATCHER}.toml"

@@ -40,3 +40,18 @@ def test_a_transfer_that_stands_still_holds_nobody(
     finally:
         with suppress(OSError):
             os.kill(server, signal.SIGKILL)
+
+
+def test_a_server_that_is_gone_holds_nobody(
+    potluck: Potluck, tables: Tables, sources: dict[str, dict[str, Any]], tmp_path: Path
+) -> None:
+    engine = {"kind": "nats", "heartbeat": 0.5}
+    hosted = Hosted(potluck, potluck.recipe(tables, engine=engine), tmp_path / "run")
+    ada = hosted.join("ada", sources["ada"])
+    hosted.until(lambda: "ada: is here" in hosted.said())
+    hosted.coordinator.signal(signal.SIGKILL)
+    os.kill(int((tmp_path / "run" / "host" / "server" / "server.pid").read_text()), signal.SIGKILL)
+    while "the server is away" not in ada.err.read_text():
+        assert not ada.ends_within(0.05)
+    ada.signal(signal.SIGTERM)
+    assert "could not say goodbye" in ada.wait(8).err  # not for as long as a call may wait for a server

@@ -44,7 +44,13 @@ def test_a_first_recipe_runs_as_processes(potluck: Potluck, tmp_path: Path, fina
     assert ended.code == 0, ended.err
     for name in ("ada", "ben"):
         assert "round 1 of 1" in Path(ended.result["logs"][name]).read_text()
-        assert (tmp_path / "run" / "local" / name / "sent.jsonl").exists()
+        mine = tmp_path / "run" / "local" / name
+        assert mine.stat().st_mode & 0o777 == 0o700 and (mine / "sent.jsonl").stat().st_mode & 0o777 == 0o600
+    for place in ("host", "local"):
+        assert (tmp_path / "run" / place).stat().st_mode & 0o777 == 0o700
+    assert "potluck join" not in ended.err
+    again = potluck("local", "first.toml", *short, *run, code=9)
+    assert "finished" in again.result["error"] and "--set name=" in again.result["hint"] and again.err.count("\n") == 2
     assert "look from another terminal: potluck status" in ended.err and left_behind(tmp_path) == []
     potluck(
         "train", "first.toml", *short, "--set", f"records.folder={tmp_path / 'whole'}", "--set", "compute.threads=1"
@@ -65,6 +71,10 @@ def test_ctrl_c_ends_all_and_the_same_command_goes_on(
     stopped = run.wait(300)
     assert stopped.code == 130 and "the same command goes on" in stopped.result["hint"], stopped.err
     assert left_behind(tmp_path / "run") == []
+    assert "potluck local" in potluck("resume", tmp_path / "run", code=9).err
+    assert "potluck local" in potluck("status", tmp_path / "run").out
+    for name in ("ada", "bob"):
+        assert "could not say goodbye" in (tmp_path / "run" / "local" / f"{name}.log").read_text()
     done = len(events(tmp_path / "run", "round"))
     assert 1 <= done < 30
     assert potluck.start(*words).wait(300).result["rounds"] == 30

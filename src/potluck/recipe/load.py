@@ -75,6 +75,12 @@ def _with_kinds(raw: Any, table: type[BaseModel]) -> Any:
     return whole
 
 
+def without_sources(recipe: Recipe) -> Recipe:
+    """A recipe without what participants name where they join."""
+    bare = tuple(p.model_copy(update={"source": None, "profile": None, "edits": None}) for p in recipe.participants)
+    return recipe.model_copy(update={"participants": bare})
+
+
 def recipe_toml(recipe: Recipe) -> str:
     """The resolved recipe as a TOML file that gives the same run."""
     return tomli_w.dumps(recipe.model_dump(mode="json", exclude_none=True))

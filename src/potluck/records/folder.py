@@ -22,11 +22,13 @@ from potluck.errors import RunFolderError
 from potluck.files import storing, write_text
 from potluck.recipe import Recipe, load_recipe, recipe_toml
 from potluck.recipe.load import changed_keys, parse_recipe
+from potluck.records.events import read_events
 from potluck.untrusted import load_json
 
 FORMAT = 1
 _SHOWN = 8  # keys in a message
 POOLED = "pooled"
+HOST, LOCAL = "host", "local"  # folders of a hosted run: the coordinator's, and everybody's on this machine
 _NOT_ONE = "name the folder that `potluck train`, `host` or `local` wrote; it is there some seconds after they began"
 
 
@@ -66,6 +68,20 @@ def locked(folder: Path) -> Iterator[None]:
         lock.release()
 
 
+def by_local(folder: Path) -> bool:
+    """Whether `potluck local` began the run in a folder."""
+    return (folder / LOCAL).is_dir()
+
+
+def how_to_go_on(folder: Path) -> str:
+    """The command that goes on with the run in a folder."""
+    if by_local(folder):
+        return "potluck local with the same recipe"
+    if (folder / HOST).is_dir():
+        return "potluck host with the same recipe (participants: the same potluck join)"
+    return f"potluck resume {folder}"
+
+
 def in_use(folder: Path) -> bool:
     """Whether a process holds the folder now; this one holds it for an instant to find out."""
     if not (folder / "lock").exists():
@@ -88,7 +104,7 @@ def create_run(folder: Path, recipe: Recipe, variant: Variant) -> None:
     if (folder / "run.json").exists() and any(folder.rglob("events.jsonl")):
         raise RunFolderError(
             f"{folder}: there is a run here already",
-            f"`potluck resume {folder}` goes on with it; another name or records.folder starts a new one",
+            f"{how_to_go_on(folder)} goes on with it; another name or records.folder starts a new one",
         )
     write_text(folder / "recipe.toml", recipe_toml(recipe))
     facts = {"format": FORMAT, **asdict(variant), "recipe": recipe.model_dump(mode="json", exclude_none=True)}
@@ -110,6 +126,26 @@ def open_run(folder: Path) -> tuple[Recipe, Variant]:
     if "recipe" in facts:  # version 0.1 did not keep it
         check_same_recipe(parse_recipe(facts["recipe"], f"{folder}/run.json"), recipe, folder)
     return recipe, variant
+
+
+def finished(folder: Path) -> bool:
+    """Whether the run in a folder is done."""
+    path = folder / "events.jsonl"
+    return path.exists() and any(event["event"] == "run_finished" for event in read_events(path))
+
+
+def check_goes_on(folder: Path, recipe: Recipe) -> None:
+    """Refuse to go on with the run in a folder by another recipe, or if it is done.
+
+    Raises:
+        RunFolderError: It is another's, or done.
+    """
+    check_same_recipe(open_run(folder)[0], recipe, folder)
+    if finished(folder):
+        raise RunFolderError(
+            f"{folder}: this run is finished",
+            "--set name=NEW starts a new one, as another records.folder does; to do it again, delete its folder",
+        )
 
 
 def check_same_recipe(was: Recipe, now: Recipe, folder: Path) -> None:

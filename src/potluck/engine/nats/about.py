@@ -63,7 +63,7 @@ def read_about(post: Post, give_up: Callable[[], bool]) -> tuple[About, bytes | 
     Raises:
         EngineError: The server is away, or it is not what the coordinator signed.
     """
-    found = post.connection.last(post.names.direct(post.names.states, post.names.about))
+    found = post.connection.last(post.names.direct(post.names.states, post.names.about), give_up=give_up)
     if found is None:
         return None
     frame = read_frame(found[0], post.keys[COORDINATOR])

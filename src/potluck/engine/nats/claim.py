@@ -19,7 +19,7 @@ from typing import Any
 from potluck.engine.nats.connection import Connection
 from potluck.engine.nats.signs import MAX_BYTES
 from potluck.engine.nats.subjects import COORDINATOR, Names
-from potluck.errors import AlreadyServed, Interrupted, Outrun
+from potluck.errors import AlreadyServed, EngineError, Interrupted, Outrun
 from potluck.files import storing, write_text
 from potluck.untrusted import loads
 
@@ -90,7 +90,9 @@ class Claim:
             AlreadyServed: Another process serves under this name now.
             EngineError: The server is away.
         """
-        with self._lock:
+        if not self._lock.acquire(timeout=patience):
+            raise EngineError("the server does not answer")  # another thread waits for it
+        try:
             while not self.lost:
                 try:
                     said = {**facts, **self._who(), "refused": self.refused}
@@ -98,7 +100,7 @@ class Claim:
                     self._renewed = time.monotonic()
                     return
                 except Outrun:
-                    self._sequence, other = self._last()
+                    self._sequence, other = self._last(patience)
                     if other.get("process") == self._process:
                         self._renewed = time.monotonic()  # it had come, and its acknowledgement had not
                     elif other.get("status") == REFUSED:
@@ -106,6 +108,8 @@ class Claim:
                     elif other and other.get("status") != "left":
                         self.lost = f"another process {self._does} now"
             raise AlreadyServed(self.lost, self._hint)
+        finally:
+            self._lock.release()
 
     def _of_another(self, said: Mapping[str, Any]) -> bool:
         """Whether a sign of life is of a process elsewhere that may be at work."""
@@ -124,9 +128,9 @@ class Claim:
     def _put(self, said: Mapping[str, Any], sequence: int, patience: float) -> int:
         return self._connection.store(self._subject, json.dumps(said).encode(), patience, after=sequence)
 
-    def _last(self) -> tuple[int, Mapping[str, Any]]:
+    def _last(self, patience: float = 30.0) -> tuple[int, Mapping[str, Any]]:
         """The last sign of life under this name, and its sequence number; 0 if there is none."""
-        found = self._connection.last(self._direct)
+        found = self._connection.last(self._direct, patience)
         if found is None:
             return 0, {}
         try:

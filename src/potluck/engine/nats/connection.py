@@ -136,6 +136,11 @@ class Connection:
                 raise type(problem)(f"{', '.join(self.access.urls)}: {problem}", _HINTS[type(problem)]) from None
             time.sleep(0.2)
 
+    @property
+    def away(self) -> bool:
+        """Whether the server is known to be away."""
+        return self._nats is None or not self._nats.is_connected
+
     def close(self) -> None:
         """Leave, and end the thread."""
         if self._closed:
@@ -201,13 +206,15 @@ class Connection:
         data = b"" if body is None else json.dumps(body).encode()
         return answer_in(self._request(f"$JS.API.{verb}", data, patience).data, verb)
 
-    def last(self, direct: str, patience: float = 30.0) -> tuple[bytes, dict[str, str]] | None:
+    def last(
+        self, direct: str, patience: float = 30.0, give_up: Callable[[], bool] = lambda: False
+    ) -> tuple[bytes, dict[str, str]] | None:
         """The last message of a subject, with its headers; ``None`` if there is none.
 
         Args:
             direct: From ``Names.direct``.
         """
-        message = self._request(direct, b"", patience)
+        message = self._request(direct, b"", patience, give_up=give_up)
         headers = dict(message.headers or {})
         return None if headers.get("Status") else (message.data, headers)
 
@@ -303,7 +310,16 @@ class Connection:
         return self._nats
 
     async def _connect(self) -> None:
+        """Try each address once; nats-py alone would go on for minutes where nobody listens."""
         connection = Nats()
+        failed: list[Exception] = []
+
+        async def on_error(error: Exception) -> None:
+            await self._on_error(error)
+            failed.append(error)
+            if self._nats is not connection and len(failed) >= len(self.access.urls):
+                raise error
+
         try:
             await connection.connect(
                 list(self.access.urls),
@@ -316,10 +332,11 @@ class Connection:
                 ping_interval=PING_SECONDS,
                 max_outstanding_pings=3,
                 allow_reconnect=False,  # a closed one is replaced when it is next needed
-                error_cb=self._on_error,
+                error_cb=on_error,
                 disconnected_cb=self._on_lost,
             )
         except Exception as error:  # whatever sockets, TLS and the library raise
+            error = failed[-1] if failed else error
             problem = str(error) or type(error).__name__
             if "authorization" in problem.lower():
                 raise Refused("the server does not know this key") from None

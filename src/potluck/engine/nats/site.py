@@ -21,6 +21,8 @@ from potluck.files import without_folders
 from potluck.recipe.engine import Nats
 from potluck.untrusted import in_a_line
 
+SIGN_SECONDS = 5.0  # that a sign of life may take ...
+AWAY_SECONDS = 1.0  # ... and a goodbye, if the server is known to be away
 Leaving = Callable[[str, Contribution | None, int, str], None]
 
 
@@ -201,6 +203,17 @@ class Site:
         if contribution is not None and payload and not inline:  # the coordinator fetches it as it comes
             post.blobs.put(self.name, payload["sha256"], packed.parts, give_up)
 
+    def leave(self) -> None:
+        """Say goodbye, then no more; a server that is away is not waited for.
+
+        Raises:
+            AlreadyServed: Another process has taken over.
+            EngineError: The server is away.
+        """
+        self._said = {**self._said, "status": "left", "task": ""}
+        self.close()
+        self._claim.renew(self._said, AWAY_SECONDS if self.post.connection.away else SIGN_SECONDS)
+
     def close(self) -> None:
         """Say no more."""
         self._over.set()
@@ -214,7 +227,7 @@ class Site:
             EngineError: The server is away.
         """
         refused = self._claim.refused
-        self._claim.renew(self._said, patience=5.0)
+        self._claim.renew(self._said, SIGN_SECONDS)
         if self._claim.refused > refused:
             self._told(f"another process tried to take part as {self.name}, and was refused: who else has its invite?")
 
