@@ -11,10 +11,11 @@ from typing import Any
 import tomli_w
 
 from potluck.errors import CorpusError, RecipeError, StorageError
-from potluck.files import write_text
+from potluck.files import nearby, write_text
 from potluck.preflight import forecast
 from potluck.recipe.load import absolute_paths, parse_recipe
 from potluck.recipe.schema import NAME
+from potluck.recipe.sources import key_of
 
 SAMPLES = {"ada": {"package": "asyncio"}, "ben": {"package": "email"}}  # Python's own source: it is everywhere
 
@@ -64,7 +65,7 @@ def begin(name: str, data: Sequence[Path]) -> dict[str, Any]:
     """Write ``NAME.toml``, a recipe that can be run at once.
 
     Args:
-        data: A folder of text files or a file of JSON lines for each participant; without any, a sample.
+        data: A folder of text files, one text file or one of JSON lines for each participant; without any, a sample.
 
     Raises:
         StorageError: The file is there already, or cannot be written.
@@ -88,13 +89,12 @@ def _sources(data: Sequence[Path]) -> dict[str, dict[str, str]]:
     sources: dict[str, dict[str, str]] = {}
     for place in data:
         if not place.exists():
-            raise CorpusError(f"{place}: there is no such file or folder", "--data FOLDER, once for each participant")
-        if not (place.is_dir() or place.suffix == ".jsonl"):
-            raise CorpusError(f"{place}: neither a folder of text files nor a .jsonl file")
+            hint = nearby(place) or "--data FOLDER, once for each participant"
+            raise CorpusError(f"{place}: there is no such file or folder", hint)
         called = place.resolve().name if place.is_dir() else place.stem
         stem = re.sub(r"[^A-Za-z0-9._-]+", "-", called).strip("-._")[:60] or "p"
         name = next(n for n in (stem, *(f"{stem}-{i}" for i in range(2, len(data) + 2))) if n not in sources)
-        sources[name] = {"path" if place.is_dir() else "jsonl": str(place)}
+        sources[name] = {key_of(place): str(place)}
     return sources
 
 

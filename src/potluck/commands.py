@@ -28,11 +28,12 @@ from potluck.errors import (
     CorpusError,
     Interrupted,
     MissingExtra,
+    ModelError,
     RecipeError,
     RunFolderError,
     StorageError,
 )
-from potluck.files import name_of, storing, write_text
+from potluck.files import name_of, nearby, storing, write_text
 from potluck.local.evaluate import negative_log_likelihood
 from potluck.local.generate import chat_turn, room
 from potluck.local.generate import generate as continue_text
@@ -211,6 +212,8 @@ def _together(
 
 def _base(source: Path) -> Base:
     """A run's newest model, or an exported folder."""
+    if not source.exists():
+        raise ModelError(f"{source}: there is no such run or model folder", nearby(source) or "name one, as runs/first")
     if not (source / "run.json").exists():
         return load_base(source)
     restored = _restore(_single_run(source), None, False)

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import difflib
 import os
 import re
 import shutil
 import sysconfig
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from potluck.errors import StorageError
@@ -21,6 +22,16 @@ def page(name: str) -> str:
     """Where a page of the documentation lies here, such as ``reference/recipe.md``: in a checkout, or as installed."""
     places = (Path(__file__).parents[2] / "docs", Path(sysconfig.get_path("data")) / "share" / "doc" / "potluck")
     return next((str(place / name) for place in places if (place / name).exists()), f"docs/{name} of potluck's source")
+
+
+def nearby(path: Path) -> str:
+    """What may have been meant by a path that leads nowhere, as a sentence; empty if nothing there is like it."""
+    while not path.parent.exists():
+        path = path.parent
+    with suppress(OSError):
+        if close := difflib.get_close_matches(path.name, os.listdir(path.parent), 1):
+            return f"did you mean {path.parent / close[0]}?"
+    return ""
 
 
 def name_of(path: str | Path) -> str:

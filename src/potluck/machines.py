@@ -12,6 +12,7 @@ from rich.console import Console
 
 from potluck.asking import Asks, local_recipe, refusals
 from potluck.commands import close_run
+from potluck.corpus.sources import check_there
 from potluck.engine.nats.addresses import server_url
 from potluck.engine.nats.blobs import Blobs, JetStreamBlobs
 from potluck.engine.nats.claim import Claim, session_of
@@ -34,6 +35,7 @@ from potluck.recipe import Recipe, load_recipe
 from potluck.recipe.engine import Nats
 from potluck.recipe.load import without_sources
 from potluck.recipe.part import Part, load_part
+from potluck.recipe.sources import key_of
 from potluck.records.folder import (
     HOST,
     Variant,
@@ -207,6 +209,7 @@ class _Refusals:
 def join(url: str | None, invite_path: Path, part: Part, options: Joining, console: Console) -> Result:
     """Take part in a run until it is over."""
     invite = _invite(url, invite_path, options.key)
+    check_there(part.source)
     folder = options.folder or Path("joined") / f"{invite.recipe}-{invite.run}" / invite.participant
     if not folder.exists():
         private_folder(folder)
@@ -271,7 +274,7 @@ def own_part(
     """
     changes: dict[str, Any] = {}
     if data is not None:
-        changes["source"] = {"path": str(data.absolute())}
+        changes["source"] = {key_of(data): str(data.absolute())}
     if model is not None:
         changes["model"] = str(model.absolute())
     if device is not None:

@@ -19,7 +19,7 @@ from potluck.errors import EngineError, InviteError, RunFolderError
 from potluck.looking import server_status
 from potluck.recipe.engine import Nats
 from potluck.records.curves import RunRecord, read_run
-from potluck.records.folder import how_to_go_on, in_use, open_run
+from potluck.records.folder import check_run, how_to_go_on, in_use, open_run, runs_in
 from potluck.records.units import bytes_text, count_text, one_line
 from potluck.terminal import results, table
 
@@ -114,6 +114,22 @@ def _progress(record: RunRecord) -> Found:
         "total_tokens": record.total_tokens,
         "participants": people,
     }
+
+
+def wait_for_run(folder: Path, say: Callable[[str], None]) -> None:
+    """Until there is a run in a folder that has none yet; said once.
+
+    Raises:
+        RunFolderError: It holds runs, or is a file.
+    """
+    said = False
+    while not (folder / "run.json").exists():
+        if folder.is_file() or runs_in(folder):
+            check_run(folder)
+        if not said:
+            say(f"waiting for a run in {folder}: there is none yet")
+        said = True
+        time.sleep(WATCH_SECONDS / 4)
 
 
 def follow(look: Callable[[], Found], tell: Callable[[Found], None] | None) -> None:

@@ -73,7 +73,8 @@ def test_a_package_without_source_is_an_error(package: str) -> None:
         ('{"text": "a"}\n{"text": "b"', "line 2 is not JSON"),
         ('{"text": "a"}\n\n[1]', "line 3 is not a JSON object"),
         ('{"body": "a", "id": 1}', r"no field 'text', only 'body', 'id'"),
-        ('{"text": 3}', "not a string but int"),
+        ('{"text": 3}', "field 'text' is a number, not text"),
+        ('{"text": null}', "field 'text' is null, not text"),
         ('{"text": "\\ud800"}', "not valid Unicode"),
         ('{"text": " "}', "holds no text"),
         ("", "holds no text"),
@@ -82,8 +83,24 @@ def test_a_package_without_source_is_an_error(package: str) -> None:
 def test_bad_json_lines(tmp_path: Path, lines: str, message: str) -> None:
     path = tmp_path / "a.jsonl"
     path.write_text(lines)
-    with pytest.raises(CorpusError, match=message):
+    with pytest.raises(CorpusError, match=message) as error:
         names(jsonl=str(path))
+    assert "body" not in lines or 'field = "body"' in error.value.hint
+
+
+def test_one_text_file_is_one_document(tmp_path: Path) -> None:
+    path = tmp_path / "letter.txt"
+    path.write_text("Dear Ben")
+    (found,) = documents(source(path=str(path)))
+    assert (found.name, found.text) == ("letter.txt", "Dear Ben")
+    before = fingerprint(source(path=str(path)))
+    path.write_text("Dear Ada")
+    assert fingerprint(source(path=str(path))) != before
+    with pytest.raises(CorpusError, match="`glob` has no effect"):
+        names(path=str(path), glob="*.md")
+    (tmp_path / "rows.jsonl").write_text('{"text": "a"}')
+    with pytest.raises(CorpusError, match="JSON lines"):
+        names(path=str(tmp_path / "rows.jsonl"))
 
 
 def test_json_lines_with_groups(tmp_path: Path) -> None:
@@ -113,8 +130,21 @@ def test_separated_file(tmp_path: Path) -> None:
 def test_a_missing_source_is_an_error(tmp_path: Path, keys: dict[str, str]) -> None:
     missing = source(**{key: str(tmp_path / value) for key, value in keys.items()})
     for reading in (fingerprint, lambda s: list(documents(s))):
-        with pytest.raises(CorpusError, match=r"there is no .*nowhere"):
+        with pytest.raises(CorpusError) as error:
             reading(missing)
+        assert str(error.value).count("nowhere") == 1 and "is relative to" in error.value.hint
+    (tmp_path / "nowhare").mkdir()
+    with pytest.raises(CorpusError) as error:
+        fingerprint(missing)
+    assert error.value.hint == f"did you mean {tmp_path / 'nowhare'}?"
+
+
+def test_files_that_are_no_text_are_told_of_once(tmp_path: Path) -> None:
+    (tmp_path / "a.png").write_bytes(b"\0")
+    (tmp_path / "b.txt").write_bytes(b"\xe9t\xe9")
+    with pytest.raises(CorpusError) as error:
+        names(path=str(tmp_path))
+    assert error.value.hint.count("of its files") == 1 and "a.png" in error.value.hint and "b.txt" in error.value.hint
 
 
 @pytest.mark.skipif(importlib.util.find_spec("datasets") is None, reason="needs the extra `datasets`")

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from potluck.beginning import begin
+from potluck.engine.nats.identity import Invite, new_seed, public_key, save_invite
 from potluck.errors import CorpusError, RecipeError, StorageError
 from potluck.recipe import load_recipe
 
@@ -91,6 +92,18 @@ def test_whoever_cannot_begin_ends_all(potluck: Potluck, tables: Tables, tmp_pat
     people = [{"name": "ada"}]
     recipe = potluck.recipe({**tables, "participants": people}, engine={"kind": "nats"})
     assert "'ada' has no source" in potluck("local", recipe, code=3).err
+
+
+def test_what_cannot_join_is_told_before_anything_is_dialled(potluck: Potluck, recipe_file: Path, texts: Path) -> None:
+    assert "it is a recipe, not an invite" in potluck("join", "--invite", recipe_file, "--data", texts, code=12).err
+    invite = recipe_file.with_name("ada.invite")
+    seed, key = new_seed(), public_key(new_seed())
+    facts = Invite(
+        run="0123456789ab", recipe="tiny", participant="ada", urls=("tls://127.0.0.1:1",), coordinator=key, seed=seed
+    )
+    save_invite(facts, invite)
+    err = potluck("join", "--invite", invite, "--data", texts.with_name(texts.name[:-1]), code=4).err
+    assert "there is no such file or folder" in err and f"did you mean {texts}?" in err
 
 
 def test_data_that_is_given_is_named_after_its_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -239,9 +239,9 @@ def test_a_split_among_one_is_warned_of(tables: Tables, texts: Path) -> None:
 @pytest.mark.parametrize(
     ("source", "said"),
     [
-        ({"path": "/nowhere"}, "there is no /nowhere"),
-        ({"file": "/nowhere.txt"}, "there is no /nowhere.txt"),
-        ({"jsonl": "/nowhere.jsonl"}, "there is no /nowhere.jsonl"),
+        ({"path": "/nowhere"}, "path /nowhere: there is no such file or folder"),
+        ({"file": "/nowhere.txt"}, "file /nowhere.txt: there is no such"),
+        ({"jsonl": "/nowhere.jsonl"}, "jsonl /nowhere.jsonl: there is no such"),
         ({"package": "no_such_package"}, "not installed"),
         ({"path": "EMPTY"}, "holds no text"),
         ({"path": "TEXTS", "glob": "*.md"}, "holds no text"),

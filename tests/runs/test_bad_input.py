@@ -312,6 +312,16 @@ def test_what_is_not_a_run_folder(potluck: Potluck, tmp_path: Path, verb: str, w
 
 def test_what_is_neither_a_run_nor_a_model(potluck: Potluck, tmp_path: Path) -> None:
     one_error(potluck("generate", tmp_path, code=5), "not a model folder")
+    (tmp_path / "runs" / "first").mkdir(parents=True)
+    typo = tmp_path / "runs" / "frist"
+    one_error(potluck("generate", typo, code=5), "no such run or model folder", "did you mean", "runs/first")
+    for verb in ("report", "status"):
+        one_error(potluck(verb, typo, code=9), "there is no such folder", "did you mean", "runs/first")
+    for name in ("first", "a", "b", "c", "d", "e"):
+        (tmp_path / "runs" / name).mkdir(exist_ok=True)
+        (tmp_path / "runs" / name / "run.json").write_text("{}")
+    for words in ([], ["--watch"]):
+        one_error(potluck("status", tmp_path / "runs", *words, code=9), "it holds runs", "runs/e and 1 more")
 
 
 def test_a_place_that_cannot_be_written(potluck: Potluck, kept: Kept, tmp_path: Path) -> None:

@@ -147,7 +147,7 @@ ODD = {
         files(a__txt=("".join(f"<<<FILE {n}>>>\n{PROSE}{n}\n" for n in range(30))).encode("utf-8-sig")), source=FILE
     ),
     "a folder for a file": Odd(many, "not a file", source={"jsonl": "."}),
-    "a file for a folder": Odd(files(a__txt=LONG), "not a folder", source={"path": "a.txt"}),
+    "a file for a folder": Odd(files(a__txt=LONG), said=(ENDS,), source={"path": "a.txt"}),
     "a pipe for a file": Odd(lambda f: os.mkfifo(f / "a.jsonl"), "not a file", source=LINES),
     "pipes and links among files": Odd(nothing_may_be_read),
     "few, for a BPE": Odd(files(a__txt=LONG), said=(ENDS,), tokenizer={"kind": "bpe", "vocab_size": 300}),

@@ -17,10 +17,12 @@ def test_a_run_that_is_watched_to_its_end(
 ) -> None:
     run = tmp_path / "run"
     recipe = potluck.recipe(tables, rounds={"count": 60, "local_steps": 1, "evaluate_every": 60})
+    watching = potluck.start("status", run, "--watch", "--json")
+    while "waiting for a run in" not in watching.err.read_text():
+        assert not watching.ends_within(0.02), watching.err.read_text()
     training = potluck.start("train", recipe, "--set", f"records.folder={run}")
     while not events(run, "round"):
         assert not training.ends_within(0.02), training.err.read_text()
-    watching = potluck.start("status", run, "--watch", "--json")
     while '"working"' not in watching.out.read_text():
         assert not watching.ends_within(0.02), watching.err.read_text()
     training.signal(signal.SIGTERM)
@@ -45,5 +47,5 @@ def test_a_comparison_and_what_is_no_run(potluck: Potluck, tables: Tables, tmp_p
     assert found["state"] == "finished" and {run["state"] for run in found["runs"].values()} == {"finished"}
     assert set(found["runs"]) == {"together", "alone/ada", "alone/bob", "pooled"}
     assert "alone/bob: tiny: finished, round 1 of 1" in potluck("status", tmp_path / "all").out
-    assert "not a run folder" in potluck("status", tmp_path, code=9).err
+    assert "it holds runs" in potluck("status", tmp_path, code=9).err
     assert "name a run folder" in potluck("status", code=12).err

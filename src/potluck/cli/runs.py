@@ -237,11 +237,13 @@ def status(
     as_json: JsonOption = False,
 ) -> None:
     """How far a run is, and who is there; of a run that goes on or is over, here or elsewhere."""
-    from potluck.status import follow, run_status, shown
+    from potluck.status import follow, run_status, shown, wait_for_run
     from potluck.terminal import results
 
     if watch:
         tell = (lambda found: write(json.dumps(found))) if as_json else None
+        if run is not None and invite is None:
+            wait_for_run(run, progress().print)
         follow(lambda: run_status(run, invite), tell)
     elif as_json:
         write_json(run_status(run, invite))

@@ -19,7 +19,8 @@ from potluck.corpus.reading import LeftOut
 from potluck.corpus.sources import documents
 from potluck.corpus.tokenizer import Vocabulary, folder_vocabulary, pieces
 from potluck.corpus.tokenizer_json import refusing
-from potluck.errors import CorpusError
+from potluck.errors import CorpusError, ModelError
+from potluck.files import nearby
 from potluck.models.build import embeddings, load_folder
 from potluck.models.check import check_vocabulary
 from potluck.recipe.sources import Folder, SeparatedFile, Source
@@ -65,6 +66,8 @@ def load_base(folder: Path, device: Literal["cpu", "auto"] = "cpu") -> Base:
     Raises:
         ModelError: The model or its tokenizer cannot be used.
     """
+    if not folder.exists():
+        raise ModelError(f"{folder}: there is no such model folder", nearby(folder) or "a run's is RUN/model")
     model, vocabulary = load_folder(folder), folder_vocabulary(folder)
     check_vocabulary(folder, embeddings(model)[0].shape[0], vocabulary.size)
     if device == "auto" and torch.cuda.is_available():
@@ -96,8 +99,8 @@ def texts_of(path: Path) -> list[str]:
     """
     left_out = LeftOut()
     found = [document.text for document in documents(text_source(path), left_out)]
-    for sentence in left_out.sentences(str(path)):
-        _log.warning("warning: %s", sentence)
+    for sentence in left_out.sentences():
+        _log.warning("warning: %s: %s", path, sentence)
     return found
 
 

@@ -89,7 +89,7 @@ def kept_documents(
 
 def _notes(name: str, source: Source, left_out: LeftOut, cut: int) -> list[str]:
     """What a participant should know; ``cut`` is how many of its documents were held out by their ends."""
-    found = left_out.sentences(place(source))
+    found = [f"{place(source)}: {sentence}" for sentence in left_out.sentences()]
     if cut:
         these = "its one document" if cut == 1 else f"its {cut:,} documents"
         found.append(

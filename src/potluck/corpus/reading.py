@@ -44,9 +44,9 @@ class LeftOut:
         if self.counts[reason] <= _SHOWN:
             self.names.setdefault(reason, []).append(name)
 
-    def sentences(self, where: str) -> list[str]:
+    def sentences(self) -> list[str]:
         """For each reason, which files and what to do."""
-        return [f"{where}: {self._which(reason)} {_REASONS[reason]}" for reason in self.counts]
+        return [f"{self._which(reason)} {_REASONS[reason]}" for reason in self.counts]
 
     def _which(self, reason: str) -> str:
         count, names = self.counts[reason], ", ".join(self.names[reason])

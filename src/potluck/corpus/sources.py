@@ -20,7 +20,8 @@ from typing import Any
 from potluck.corpus.reading import MAX_DOCUMENT_BYTES, LeftOut, NotText, numbered_lines, read_text, too_long
 from potluck.corpus.world import documents_of
 from potluck.errors import CorpusError, MissingExtra
-from potluck.recipe.sources import Folder, HubDataset, JsonLines, Package, SeparatedFile, Source, World
+from potluck.files import nearby
+from potluck.recipe.sources import Folder, HubDataset, JsonLines, Package, SeparatedFile, Source, World, key_of
 
 _NOT_A_PACKAGES_TEXT = frozenset({"test", "tests", "__pycache__"})
 _NOT_STDLIB = _NOT_A_PACKAGES_TEXT | {"site-packages", "dist-packages", "idlelib", "lib2to3"}
@@ -62,7 +63,8 @@ def documents(source: Source, left_out: LeftOut | None = None) -> Iterator[Docum
             empty = False
             yield document
     if empty:
-        hint = "; ".join(left_out.sentences("of its files")) or "check its path, glob, field or separator"
+        files = "; ".join(left_out.sentences())
+        hint = f"of its files: {files}" if files else "check its path, glob, field or separator"
         raise CorpusError(f"{place(source)}: holds no text", hint)
 
 
@@ -101,12 +103,27 @@ def place(source: Source) -> str:
     return f"{key} {value}"
 
 
+def check_there(source: Source) -> None:
+    """See whether a source is there, without reading it.
+
+    Raises:
+        CorpusError: Its file or folder is not there, or its package is not installed.
+    """
+    match source:
+        case Package():
+            _package_roots(source.package)
+        case Folder(path=path) | JsonLines(jsonl=path) | SeparatedFile(file=path) if not Path(path).exists():
+            hint = nearby(Path(path)) or "a path in a recipe or a part is relative to that file's folder"
+            raise CorpusError(f"{place(source)}: there is no such file or folder", hint)
+
+
 @contextmanager
 def _reading(source: Source) -> Iterator[None]:
     try:
         yield
     except FileNotFoundError as error:
-        raise CorpusError(f"{place(source)}: there is no {error.filename or error}") from None
+        check_there(source)
+        raise CorpusError(f"{place(source)}: {error.filename} is gone") from None
     except OSError as error:
         raise CorpusError(f"{place(source)}: cannot be read ({error})") from None
 
@@ -169,14 +186,17 @@ def _one_file(source: Source, path: Path) -> tuple[str, Path]:
 
 def _files_below(source: Folder | Package) -> Iterator[tuple[str, Path]]:
     if isinstance(source, Folder):
-        if Path(source.path).is_file():
-            raise CorpusError(f"{place(source)}: not a folder", "one file of text is named by `jsonl` or `file`")
-        roots, pruned = [Path(source.path)], frozenset[str]()
+        root = Path(source.path)
+        if key_of(root) == "jsonl":
+            raise CorpusError(f"{place(source)}: not a text, but JSON lines", "name the file by `jsonl`")
+        if root.is_file() and source.glob != Folder.model_fields["glob"].default:
+            raise CorpusError(f"{place(source)}: one file, so that `glob` has no effect", "leave it out")
+        roots, pruned = [root], frozenset[str]()
     else:
         roots, pruned = _package_roots(source.package)
     pattern = tuple(part for part in source.glob.split("/") if part != ".")
     for root in roots:
-        if root.is_file() and isinstance(source, Package):  # a package that is a single module
+        if root.is_file():  # a single document, or a package that is a single module
             yield root.name, root
             continue
         for name in _walk(root, "", pruned):
@@ -308,10 +328,20 @@ def _dataset(source: HubDataset) -> Any:
 def _from_row(row: dict[str, Any], field: str, group_field: str | None, name: str, where: str) -> Document:
     for key in (field, group_field):
         if key is not None and key not in row:
-            raise CorpusError(f"{where} has no field {key!r}, only {', '.join(map(repr, list(row)[:20])) or 'none'}")
+            texts = [other for other, value in row.items() if isinstance(value, str)]
+            hint = f"name the one that holds the text: field = {json.dumps(texts[0])}" if texts and key == field else ""
+            names = ", ".join(map(repr, list(row)[:20])) or "none"
+            raise CorpusError(f"{where} has no field {key!r}, only {names}", hint)
     if not isinstance(row[field], str):
-        raise CorpusError(f"{where}: field {field!r} is not a string but {type(row[field]).__name__}")
+        raise CorpusError(f"{where}: field {field!r} is {_kind(row[field])}, not text")
     return Document(name, row[field], "" if group_field is None else str(row[group_field]))
+
+
+def _kind(value: object) -> str:
+    """A value that is no text, as JSON calls it."""
+    if value is None or isinstance(value, bool):
+        return json.dumps(value)
+    return "a number" if isinstance(value, int | float) else "a list" if isinstance(value, list) else "an object"
 
 
 def _is_unicode(text: str) -> bool:

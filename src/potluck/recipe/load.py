@@ -40,11 +40,14 @@ def load_recipe(path: str | Path, settings: Sequence[str] = ()) -> Recipe:
     raw = _read(Path(path), ())
     for item in settings:
         raw = _merge(raw, absolute_paths(_parse_setting(item, raw), Path.cwd()))
-    return parse_recipe(raw, str(path))
+    return parse_recipe(raw, str(path), [key for item in settings for key in _keys_set(item)])
 
 
-def parse_recipe(raw: dict[str, Any], where: str = "recipe") -> Recipe:
+def parse_recipe(raw: dict[str, Any], where: str = "recipe", keys_set: Sequence[str] = ()) -> Recipe:
     """Check the content of a recipe.
+
+    Args:
+        keys_set: Keys that come from the command line, such as ``rounds.count``.
 
     Raises:
         RecipeError: naming every fault, with the key that was probably meant.
@@ -53,8 +56,12 @@ def parse_recipe(raw: dict[str, Any], where: str = "recipe") -> Recipe:
         return Recipe.model_validate(_with_kinds(raw, Recipe))
     except ValidationError as error:
         faults = [explain(fault) for fault in error.errors(include_url=False)]
-        shown = faults[0] if len(faults) == 1 else "".join(f"\n  - {fault}" for fault in faults)
-        raise RecipeError(f"{where}: {shown}", f"{page('reference/recipe.md')} lists every key") from None
+        told = [f"--set {fault}" if fault.partition(":")[0] in keys_set else fault for fault in faults]
+        if len(told) > 1:
+            shown = f"{where}: " + "".join(f"\n  - {fault}" for fault in told)
+        else:
+            shown = f"{where}: {told[0]}" if told == faults else told[0]
+        raise RecipeError(shown, f"{page('reference/recipe.md')} lists every key") from None
 
 
 def _with_kinds(raw: Any, table: type[BaseModel]) -> Any:
@@ -186,16 +193,26 @@ def _same_kind(key: str, old: dict[str, Any], new: dict[str, Any]) -> bool:
     return "kind" not in new or new["kind"] == old.get("kind", new["kind"])
 
 
-def _parse_setting(item: str, raw: dict[str, Any]) -> dict[str, Any]:
-    """``a.b=value`` as a nested table; the value is TOML, or else a string."""
+def _keys_set(item: str) -> list[str]:
+    """The keys that a setting sets, such as ``rounds.count``, and also of ``rounds={count=3}``."""
+    parts, value = _key_and_value(item)
+    return [".".join(parts), *(key for key, _ in _flat(value, ".".join(parts)))]
+
+
+def _key_and_value(item: str) -> tuple[list[str], Any]:
     keys, equals, text = item.partition("=")
     parts = keys.strip().split(".")
     if not equals or not all(parts):
         raise RecipeError(f"--set {item}: write section.key=value")
     try:
-        value: Any = loads_toml(f"value = {text}")["value"]
+        return parts, loads_toml(f"value = {text}")["value"]
     except ValueError:
-        value = text
+        return parts, text
+
+
+def _parse_setting(item: str, raw: dict[str, Any]) -> dict[str, Any]:
+    """``a.b=value`` as a nested table; the value is TOML, or else a string."""
+    parts, value = _key_and_value(item)
     for depth in range(len(parts) - 1, -1, -1):
         owner = _follow(raw, parts[:depth])
         if isinstance(owner, list):  # a list is replaced whole, so carry its other items along

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import Discriminator, Tag, model_validator
@@ -10,9 +11,9 @@ from potluck.recipe.table import Table, setting
 
 
 class Folder(Table):
-    """Text files below a folder, one document each."""
+    """Text files below a folder, or one file, one document each."""
 
-    path: str = setting(..., "Folder, relative to the recipe.")
+    path: str = setting(..., "Folder, or one text file, relative to the recipe.")
     glob: str = setting("**/*", "Which files below it.")
     order: Literal["path", "shuffled"] = setting("path", "Order of the documents: by path, or by a hash of the path.")
 
@@ -57,6 +58,11 @@ class World(Table):
     first: int = setting(0, "Leave out so many people before them.", unit="people", ge=0)
     tellings: int = setting(20, "How often each phrasing of each fact is told.", unit="times", ge=1, le=1000)
     world_seed: int = setting(0, "Decides names and facts.", ge=0)
+
+
+def key_of(data: Path) -> Literal["path", "jsonl"]:
+    """The key of a source that ``--data`` names."""
+    return "jsonl" if data.suffix == ".jsonl" and not data.is_dir() else "path"
 
 
 _SOURCE_KEYS = ("path", "package", "jsonl", "file", "dataset", "world")

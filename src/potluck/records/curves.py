@@ -10,6 +10,7 @@ from typing import Any, Literal, TypedDict, TypeVar
 
 from potluck.errors import CheckpointError, RunFolderError
 from potluck.records.events import SCHEMA, Event, read_events
+from potluck.records.folder import check_run
 from potluck.untrusted import load_toml
 
 T = TypeVar("T")
@@ -211,7 +212,8 @@ def read_run(folder: Path, end: int | None = None) -> RunRecord:
     """
     path = folder / "events.jsonl"
     if not path.is_file():
-        raise RunFolderError(f"{folder}: not a run folder: it has no events.jsonl", "name a folder of `potluck train`")
+        check_run(folder)
+        raise RunFolderError(f"{folder}: the run has not started yet", "wait for its first round")
     kinds: dict[str, list[Event]] = {}
     for event in read_events(path, end):
         kinds.setdefault(str(event["event"]), []).append(event)

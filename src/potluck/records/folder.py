@@ -19,14 +19,15 @@ from typing import Any, Literal
 from filelock import FileLock, Timeout
 
 from potluck.errors import RunFolderError
-from potluck.files import storing, write_text
+from potluck.files import nearby, storing, write_text
 from potluck.recipe import Recipe, load_recipe, recipe_toml
 from potluck.recipe.load import changed_keys, parse_recipe
 from potluck.records.events import read_events
 from potluck.untrusted import load_json
 
 FORMAT = 1
-_SHOWN = 8  # keys in a message
+_SHOWN = 8  # keys in a message ...
+_FEW = 5  # ... and runs
 POOLED = "pooled"
 HOST, LOCAL = "host", "local"  # folders of a hosted run: the coordinator's, and everybody's on this machine
 _NOT_ONE = "name the folder that `potluck train`, `host` or `local` wrote; it is there some seconds after they began"
@@ -111,12 +112,35 @@ def create_run(folder: Path, recipe: Recipe, variant: Variant) -> None:
     write_text(folder / "run.json", json.dumps(facts))  # last: now it is a run
 
 
+def runs_in(folder: Path) -> list[Path]:
+    """The runs directly below a folder."""
+    return sorted(path.parent for path in folder.glob("*/run.json"))
+
+
+def check_run(folder: Path) -> None:
+    """See whether a folder is that of a run.
+
+    Raises:
+        RunFolderError: It is not there, is another, or holds runs.
+    """
+    if (folder / "run.json").exists():
+        return
+    if not folder.exists():
+        raise RunFolderError(f"{folder}: there is no such folder", nearby(folder) or _NOT_ONE)
+    if runs := runs_in(folder):
+        more = f" and {len(runs) - _FEW} more" if len(runs) > _FEW else ""
+        names = ", ".join(str(run) for run in runs[:_FEW])
+        raise RunFolderError(f"{folder}: not a run, it holds runs: {names}{more}", "name one of them")
+    raise RunFolderError(f"{folder}: not a run folder", _NOT_ONE)
+
+
 def open_run(folder: Path) -> tuple[Recipe, Variant]:
     """The recipe and kind of the run in a folder.
 
     Raises:
         RunFolderError: It is not a run folder, or its recipe is not the one that the run began with.
     """
+    check_run(folder)
     try:
         facts: Any = load_json(folder / "run.json")
         variant = Variant(facts["kind"], tuple(facts["trainers"]))

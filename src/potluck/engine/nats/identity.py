@@ -11,8 +11,8 @@ import ipaddress
 import os
 import re
 import ssl
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import MISSING, asdict, dataclass, fields, replace
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
@@ -197,6 +197,7 @@ def load_invite(path: Path) -> Invite:
     """
     try:
         facts = load_toml(path, most_bytes=_MAX_INVITE_BYTES)
+        _check_invite(path, facts)
         invite = Invite(**{**facts, "urls": tuple(facts["urls"])})
         texts = [v for k, v in asdict(invite).items() if k != "urls"] + list(invite.urls)
     except FileNotFoundError:
@@ -215,6 +216,17 @@ def load_invite(path: Path) -> Invite:
     if invite.certificate and fingerprint(invite.certificate) != invite.fingerprint:
         raise InviteError(f"{path}: its certificate is not the one it names", "ask the coordinator for a new invite")
     return invite
+
+
+def _check_invite(path: Path, facts: Mapping[str, object]) -> None:
+    """Say what another file is, and what an invite lacks."""
+    marks = {"version": "a recipe", "participants": "a recipe", "extends": "a recipe", "source": "a participant's part"}
+    if other := next((what for key, what in marks.items() if key in facts), ""):
+        hint = "`potluck host RECIPE` writes an invite for each participant: RUN/host/invites/NAME.toml"
+        raise InviteError(f"{path}: it is {other}, not an invite", hint)
+    lacks = {field.name for field in fields(Invite) if field.default is MISSING} - facts.keys()
+    if lacks:
+        raise InviteError(f"{path}: not an invite: it has no {', '.join(sorted(lacks))}")
 
 
 def own_invite(path: Path, key: Path | None) -> Invite:
