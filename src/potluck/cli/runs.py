@@ -42,7 +42,8 @@ verbs = typer.Typer()
 def init(
     name: Annotated[str, typer.Argument(metavar="NAME", help="Name of the run; the file is NAME.toml.")] = "first",
     data: Annotated[
-        list[Path] | None, typer.Option(help="A participant's folder of text, or .jsonl file; a sample if left out.")
+        list[Path] | None,
+        typer.Option(help="A participant's folder of text, text or .jsonl file; a sample if left out."),
     ] = None,
     as_json: JsonOption = False,
 ) -> None:
@@ -197,7 +198,9 @@ def join(
         str | None, typer.Argument(metavar="URL", help="The server; that of the invite if left out.")
     ] = None,
     invite: Annotated[Path | None, typer.Option(help="The invite, a secret.")] = None,
-    data: Annotated[Path | None, typer.Option(help="A folder of text files: this participant's text.")] = None,
+    data: Annotated[
+        Path | None, typer.Option(help="This participant's text: a folder of text files, a text or .jsonl file.")
+    ] = None,
     part: Annotated[Path | None, typer.Option(help="This participant's own part of the recipe, a TOML file.")] = None,
     model: Annotated[Path | None, typer.Option(help="Own copy of the model folder that the run goes on from.")] = None,
     device: Annotated[str | None, typer.Option(help="`auto`, `cpu`, `cuda` or `cuda:N`.")] = None,
