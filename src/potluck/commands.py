@@ -86,7 +86,9 @@ def resume(folder: Path, console: Console, number: int | None) -> Result:
     """Go on with what is in a run folder."""
     recipe, variant = open_run(folder)
     if isinstance(recipe.engine, Nats):
-        raise RunFolderError(f"{folder}: its participants are not in one process", f"{how_to_go_on(folder)} goes on")
+        raise RunFolderError(
+            f"{folder}: its participants are not in one process", f"{how_to_go_on(folder)} goes on with it"
+        )
     with locked(folder):
         if variant.kind != "comparison":
             return _train(folder, recipe, variant, console, number)
