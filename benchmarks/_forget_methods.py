@@ -12,10 +12,10 @@ from potluck.compose.base import Base
 from potluck.edit.facts import Edit
 from potluck.edit.forgetting import losses
 from potluck.edit.forgetting.commands import AtWork, Request, forgotten
+from potluck.edit.forgetting.name_estrangement import Strangers, asked_as_edits, estranged
 from potluck.edit.forgetting.quality import model_utility, utility_of
 from potluck.edit.forgetting.questions import Question
 from potluck.edit.forgetting.refusals import Editor, Refusing, refuse
-from potluck.edit.forgetting.strangers import Strangers, asked_as_edits, estranged
 from potluck.edit.forgetting.unlearning import Unlearning, unlearn
 from potluck.edit.layout import layout_of
 from potluck.edit.tuning import Tuning, fine_tune

@@ -22,14 +22,14 @@ from potluck.engine.nats.blobs import JetStreamBlobs
 from potluck.engine.nats.claim import Claim
 from potluck.engine.nats.connection import Connection, access_of
 from potluck.engine.nats.coordinator import NatsEngine
+from potluck.engine.nats.host_keys import Place, open_premises
 from potluck.engine.nats.identity import load_invite
-from potluck.engine.nats.members import Members
+from potluck.engine.nats.jetstream import make_streams, mend_streams
 from potluck.engine.nats.post import Post
-from potluck.engine.nats.premises import Place, open_premises
-from potluck.engine.nats.presence import Presence
+from potluck.engine.nats.presence import Members
+from potluck.engine.nats.run_status import Presence
 from potluck.engine.nats.server import Server
 from potluck.engine.nats.site import Site
-from potluck.engine.nats.streams import make_streams, mend_streams
 from potluck.engine.nats.subjects import COORDINATOR, Names
 from potluck.recipe.engine import Nats
 from potluck.updates.framing import fields_of

@@ -7,7 +7,7 @@ sums are solved once and compared with the update of one editor with all 400, in
 how well the edited models answer, by themselves, after the last edit, beside what is usually done with updates: each
 participant solves for itself, and the updates are averaged, added up, or merged by TIES (density 0.2). The score is the
 harmonic mean of reliability, rephrase and locality. And once more with a quarter as many facts, of which each is edited
-by four participants: together it is made once, as `potluck.edit.together.claims` decides.
+by four participants: together it is made once, as `potluck.edit.together.edit_hashes` decides.
 
 **Speed.** Target values of 100 edits side by side, against one by one; key moments of a text of 10 MB, and how much
 memory they add to those of 1 MB; edits a second of WISE, all into one shard, and how much longer EasyEdit takes for the
@@ -42,12 +42,12 @@ from potluck.edit.contexts import contexts, hidden_at, keys_at
 from potluck.edit.evaluation import Before, answered, answers_before, score_edits, unchanged
 from potluck.edit.facts import Edit, write_edits
 from potluck.edit.layout import Layout, layout_of
-from potluck.edit.memories import attached
 from potluck.edit.moments import key_moments, moment_of
-from potluck.edit.of_world import changed_world
+from potluck.edit.side_memory import attached
 from potluck.edit.values import ValueSettings, targets
 from potluck.edit.weights import WeightSettings, add, put, weight_editor
 from potluck.edit.wise import WiseSettings, edit_with_wise, wise_memory
+from potluck.edit.world_edits import changed_world
 
 WORLD = Path(__file__).parents[1] / "tests" / "assets" / "world"
 PEOPLE = 200

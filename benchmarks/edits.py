@@ -31,18 +31,18 @@ from benchmarks.forget import learned
 from potluck.aggregation.statistics import Statistics
 from potluck.compose.base import Base, load_base
 from potluck.corpus.world import documents_of, facts
+from potluck.edit.edited_folder import save_model
 from potluck.edit.evaluation import Before, answered, answers_before, as_percent, score_edits
 from potluck.edit.facts import Edit
 from potluck.edit.grace import GraceSettings, grace_memory
-from potluck.edit.kept import save_model
 from potluck.edit.layout import layout_of
-from potluck.edit.memories import attached, save_with_memory
+from potluck.edit.memory_folder import Memory, with_edits
 from potluck.edit.moments import key_moments
-from potluck.edit.of_world import changed_world
-from potluck.edit.remembered import Memory, with_edits
+from potluck.edit.side_memory import attached, save_with_memory
 from potluck.edit.tuning import Tuning, fine_tune
 from potluck.edit.weights import WeightSettings, weight_editor
 from potluck.edit.wise import WiseSettings, wise_memory
+from potluck.edit.world_edits import changed_world
 
 WORLD = Path(__file__).parents[1] / "tests" / "assets" / "world"
 PEOPLE = 200

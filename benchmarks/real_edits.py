@@ -32,10 +32,10 @@ from potluck.corpus.world import documents_of
 from potluck.edit.consequences import parted
 from potluck.edit.evaluation import Before, answers_before, as_percent, score_edits
 from potluck.edit.facts import Edit, read_edits
-from potluck.edit.memories import attached
-from potluck.edit.of_world import changed_world
 from potluck.edit.requests import BESIDE, IN_WEIGHTS, TUNED, Request, default_layers, edited
+from potluck.edit.side_memory import attached
 from potluck.edit.weights import WeightEditor
+from potluck.edit.world_edits import changed_world
 
 ASSET = Path(__file__).parents[1] / "tests/assets/world"
 METHODS = (*IN_WEIGHTS, *BESIDE, *TUNED)

@@ -30,6 +30,7 @@ from torch.nn.utils import clip_grad_norm_
 from benchmarks._measure import Measurement, main, measured
 from potluck.compose.base import Base, load_base, texts_of
 from potluck.corpus.world import facts
+from potluck.edit.edited_folder import save_model
 from potluck.edit.forgetting.checking import check_forgotten
 from potluck.edit.forgetting.commands import AtWork, MethodName, Request, forgotten, write_model
 from potluck.edit.forgetting.figures import figures, warnings_of
@@ -38,7 +39,6 @@ from potluck.edit.forgetting.losses import mean_nll
 from potluck.edit.forgetting.questions import Question, of_world, read_questions, write_questions
 from potluck.edit.forgetting.subjects import with_subjects
 from potluck.edit.forgetting.unlearning import question_rows
-from potluck.edit.kept import save_model
 from potluck.edit.prompts import logits_of, rows_of
 
 ASSET = Path(__file__).parents[1] / "tests/assets/world"

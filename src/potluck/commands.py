@@ -17,9 +17,9 @@ from potluck.comparison import Planned, planned_runs
 from potluck.compose.base import Base, load_base, texts_of
 from potluck.compose.decoding.decode import Sampling, decode
 from potluck.compose.decoding.deferral import Lesson, learn_deferral
+from potluck.compose.decoding.factory import Choice, opened, rule_of
 from potluck.compose.decoding.gates import save_deferral
 from potluck.compose.decoding.models import Here, NextToken
-from potluck.compose.decoding.opened import Choice, opened, rule_of
 from potluck.corpus.shards import Corpus
 from potluck.corpus.tokenizer import Vocabulary, chat_templates, load_vocabulary, save_vocabulary
 from potluck.embedded import Workplace, embedded_run, environment, held_out_of, identity, prepare

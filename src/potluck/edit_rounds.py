@@ -14,7 +14,7 @@ from typing import Any
 from torch import Tensor
 
 from potluck.contribution import Contribution, Header, Task
-from potluck.edit.together.claims import Claim, Decisions, read_decisions
+from potluck.edit.together.edit_hashes import Claim, Decisions, read_decisions
 from potluck.edit.together.exchange import CLAIMS, Exchange, Outcome
 from potluck.edit.together.maps import Maps
 from potluck.engine.protocol import Engine

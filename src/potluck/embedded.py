@@ -20,7 +20,7 @@ from potluck.corpus.shards import Corpus, Holding, Shard, build_corpus
 from potluck.corpus.tokenizer import Vocabulary
 from potluck.edit.facts import usable_edits
 from potluck.edit.layout import layout_of
-from potluck.edit.together.claims import read_secret
+from potluck.edit.together.edit_hashes import read_secret
 from potluck.edit.together.maps import Maps, maps_of
 from potluck.edit.together.site import Site
 from potluck.engine.inprocess import InProcess

@@ -31,10 +31,10 @@ from potluck.embedded import edited_maps, environment, fragments_in
 from potluck.engine.nats.claim import Claim
 from potluck.engine.nats.coordinator import NatsEngine
 from potluck.engine.nats.frames import signed
-from potluck.engine.nats.members import Members
 from potluck.engine.nats.post import Post
-from potluck.engine.nats.presence import Presence
+from potluck.engine.nats.presence import Members
 from potluck.engine.nats.refusals import Told
+from potluck.engine.nats.run_status import Presence
 from potluck.engine.protocol import Engine
 from potluck.errors import CheckpointError, Interrupted, ModelError, TrainingError
 from potluck.files import write_text

@@ -27,14 +27,14 @@ import torch
 from potluck import __version__
 from potluck.asking import Asks, Request, about_asks, check_kept, check_size, request_of, words_contribution
 from potluck.compose.base import load_base
+from potluck.compose.decoding.factory import same_tokens
 from potluck.compose.decoding.models import Here
-from potluck.compose.decoding.opened import same_tokens
 from potluck.compose.decoding.participants import KIND as PREDICT
 from potluck.contribution import Contribution
 from potluck.corpus.shards import Corpus, Holding, build_corpus
 from potluck.corpus.tokenizer import Vocabulary, vocabulary_of
 from potluck.edit.facts import usable_edits
-from potluck.edit.together.claims import read_secret
+from potluck.edit.together.edit_hashes import read_secret
 from potluck.embedded import batches_of, environment, fragments_in, held_out_of, site_in
 from potluck.engine.nats.about import read_about
 from potluck.engine.nats.post import Post

@@ -11,8 +11,8 @@ from torch import Tensor
 
 from potluck.local.network import Network, host_vector
 from potluck.local.optimizers import InnerOptimizer
+from potluck.local.replicas import AdaptiveState, new_streams, restore_streams, stream_facts, stream_tensors
 from potluck.local.steps import StepReport
-from potluck.local.streams import AdaptiveState, new_streams, restore_streams, stream_facts, stream_tensors
 from potluck.recipe import Recipe
 from potluck.updates.fragments import Fragment
 from potluck.updates.links import State, link_of

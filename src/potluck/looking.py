@@ -16,9 +16,9 @@ from rich.text import Text
 from potluck.engine.nats.about import participants_of
 from potluck.engine.nats.bulk import Bulk
 from potluck.engine.nats.connection import Access, Connection, access_of
+from potluck.engine.nats.host_keys import WATCHER
 from potluck.engine.nats.identity import Invite, load_invite, own_invite, tls_context
-from potluck.engine.nats.members import Members
-from potluck.engine.nats.premises import WATCHER
+from potluck.engine.nats.presence import Members
 from potluck.engine.nats.signs import read_progress
 from potluck.engine.nats.subjects import CHUNK_BYTES, COORDINATOR, Names
 from potluck.errors import EngineError, InviteError, PotluckError, Refused

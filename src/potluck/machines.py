@@ -17,12 +17,12 @@ from potluck.engine.nats.addresses import server_url
 from potluck.engine.nats.blobs import Blobs, JetStreamBlobs
 from potluck.engine.nats.claim import Claim, session_of
 from potluck.engine.nats.connection import Access, Connection, access_of
+from potluck.engine.nats.host_keys import Place, Premises, open_premises
 from potluck.engine.nats.identity import Invite, own_invite, public_key, read_or_make_seed
+from potluck.engine.nats.jetstream import make_streams, mend_streams
 from potluck.engine.nats.post import Post
-from potluck.engine.nats.premises import Place, Premises, open_premises
 from potluck.engine.nats.server import Server
 from potluck.engine.nats.site import Site
-from potluck.engine.nats.streams import make_streams, mend_streams
 from potluck.engine.nats.subjects import COORDINATOR, Names
 from potluck.errors import EngineError, InviteError, PolicyError, Refused, StorageError
 from potluck.files import private_folder

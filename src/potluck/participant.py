@@ -20,8 +20,8 @@ from potluck.errors import EditError, TrainingError
 from potluck.local.evaluate import negative_log_likelihood
 from potluck.local.network import Network
 from potluck.local.optimizers import InnerOptimizer
+from potluck.local.replicas import AdaptiveState, stream_steps
 from potluck.local.steps import StepReport, joined, local_steps
-from potluck.local.streams import AdaptiveState, stream_steps
 from potluck.local_state import LocalState
 from potluck.models.flat import state_hash
 from potluck.recipe import Recipe

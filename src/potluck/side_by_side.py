@@ -28,8 +28,8 @@ from urllib.parse import urlsplit
 
 import tomli_w
 
+from potluck.engine.nats.host_keys import WATCHER
 from potluck.engine.nats.identity import load_invite
-from potluck.engine.nats.premises import WATCHER
 from potluck.engine.nats.server import running_in
 from potluck.errors import RecipeError
 from potluck.files import private_folder, storing, write_text

@@ -14,7 +14,7 @@ from typing import Any
 from rich.console import Group, RenderableType
 from rich.live import Live
 
-from potluck.engine.nats.premises import WATCHER
+from potluck.engine.nats.host_keys import WATCHER
 from potluck.errors import EngineError, InviteError, RunFolderError
 from potluck.looking import server_status
 from potluck.recipe.engine import Nats

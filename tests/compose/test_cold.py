@@ -11,7 +11,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
-from potluck.compose.cold import Fused, Gate, cold_fusion, fuse_folders, gated
+from potluck.compose.cold_fusion import Fused, Gate, cold_fusion, fuse_folders, gated
 from potluck.compose.merging.rules import Ties
 from potluck.compose.training import Lesson
 

@@ -24,8 +24,8 @@ from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM, PreTrained
 from potluck.compose.base import Base
 from potluck.compose.decoding.decode import Decoded, Rule, Sampling, Text, decode
 from potluck.compose.decoding.endpoint import AtEndpoint
+from potluck.compose.decoding.factory import Choice, opened, rule_of
 from potluck.compose.decoding.models import Counts, Gold, Here, NextToken, gold_of
-from potluck.compose.decoding.opened import Choice, opened, rule_of
 from potluck.compose.decoding.participants import AtParticipant, answered, question
 from potluck.compose.decoding.rows import packed_rows, unpacked_rows
 from potluck.compose.decoding.rules import Contrastive, Glimpse, Proxy, Speculative, WhenUnsure, entropy

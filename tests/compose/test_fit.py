@@ -13,7 +13,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from potluck.compose.adapter import Adapter, Factors, save_adapter
 from potluck.compose.base import Base, load_base
-from potluck.compose.decoding.opened import opened
+from potluck.compose.decoding.factory import opened
 from potluck.compose.fit import check_adapter
 from potluck.compose.lora import attached, merge_into
 from potluck.corpus.tokenizer import vocabulary_from_words

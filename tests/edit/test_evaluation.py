@@ -15,9 +15,9 @@ from potluck.edit.evaluation import answered, answers_before, score_edits
 from potluck.edit.facts import write_edits
 from potluck.edit.layout import layout_of
 from potluck.edit.moments import key_moments
-from potluck.edit.of_world import changed_world, edits_of_world
 from potluck.edit.tracing import PLACES, causal_trace
 from potluck.edit.weights import WeightSettings, weight_editor
+from potluck.edit.world_edits import changed_world, edits_of_world
 from potluck.errors import EditError
 
 WORLD = Path(__file__).parents[1] / "assets" / "world"

@@ -10,7 +10,7 @@ import pytest
 
 from potluck.corpus.world import documents_of, facts
 from potluck.edit.facts import Edit, read_edits, usable_edits, write_edits
-from potluck.edit.of_world import changed_world, write_world
+from potluck.edit.world_edits import changed_world, write_world
 from potluck.errors import EditError, StorageError
 
 GOOD = {"id": "a", "prompt": "Ada lives in", "subject": "Ada", "target": "Oslo"}

@@ -21,17 +21,17 @@ from potluck.corpus.tokenizer import folder_vocabulary
 from potluck.corpus.world import facts
 from potluck.edit.facts import Edit, write_edits
 from potluck.edit.forgetting import losses, quality
+from potluck.edit.forgetting.name_estrangement import Strangers, estranged
 from potluck.edit.forgetting.questions import Question, of_world, read_questions, write_questions
 from potluck.edit.forgetting.record import commitment, new_opening, read_record, signed_record, write_record
 from potluck.edit.forgetting.refusals import Refusing, refusal_edits, refuse
 from potluck.edit.forgetting.relearning import Relearning, relearning_steps
 from potluck.edit.forgetting.removal import remove_statistics
-from potluck.edit.forgetting.strangers import Strangers, estranged
 from potluck.edit.forgetting.subjects import with_subjects
 from potluck.edit.forgetting.unlearning import Unlearning, unlearn
+from potluck.edit.invented_names import stranger_names
 from potluck.edit.layout import layout_of
 from potluck.edit.moments import key_moments
-from potluck.edit.names import stranger_names
 from potluck.engine.nats.identity import new_seed
 from potluck.errors import EditError, NotFinite
 

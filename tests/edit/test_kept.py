@@ -13,11 +13,11 @@ from transformers import AutoModelForCausalLM
 from potluck.compose.base import load_base
 from potluck.corpus.world import documents_of, facts
 from potluck.edit.consequences import consequences, parted, watch
+from potluck.edit.edited_folder import load_edited
 from potluck.edit.facts import Edit, write_edits
-from potluck.edit.kept import load_edited
-from potluck.edit.of_world import changed_world
 from potluck.edit.requests import Request, apply, revert
 from potluck.edit.tuning import Tuning, fine_tune
+from potluck.edit.world_edits import changed_world
 from potluck.errors import EditError, RecipeError, StorageError
 
 WORLD = Path(__file__).parents[1] / "assets" / "world"

@@ -14,13 +14,13 @@ from potluck.edit.evaluation import answered, answers_before, right_answers, sco
 from potluck.edit.facts import Edit, write_edits
 from potluck.edit.grace import GraceMemory, edit_with_grace, grace_memory
 from potluck.edit.grace import without as without_in_codebook
-from potluck.edit.memories import SideMemory, attached, continued, save_with_memory
-from potluck.edit.of_world import changed_world
+from potluck.edit.memory_folder import load_memory
 from potluck.edit.prompts import answers, logits_of, row, rows_of
-from potluck.edit.remembered import load_memory
 from potluck.edit.requests import Request, apply, revert
+from potluck.edit.side_memory import SideMemory, attached, continued, save_with_memory
 from potluck.edit.wise import WiseMemory, WiseSettings, _near, edit_with_wise, wise_memory
 from potluck.edit.wise import without as without_in_shards
+from potluck.edit.world_edits import changed_world
 from potluck.errors import EditError
 from potluck.models.memory import Shards
 

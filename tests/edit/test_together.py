@@ -23,7 +23,7 @@ from potluck.edit.closed_form import RIDGE, alphaedit_update, asked_in, memit_up
 from potluck.edit.facts import Edit, write_edits
 from potluck.edit.layout import layout_of
 from potluck.edit.together import site as site_module
-from potluck.edit.together.claims import (
+from potluck.edit.together.edit_hashes import (
     Decisions,
     claim_tensors,
     claims_of,

@@ -27,8 +27,8 @@ from potluck.edit.contexts import keys_at, prompt_row
 from potluck.edit.facts import Edit
 from potluck.edit.layout import from_layer, layout_of
 from potluck.edit.moments import kept_moments, key_moments
+from potluck.edit.prefix_cache import tails_of
 from potluck.edit.prompts import answer_nll, logits_of, rows_of
-from potluck.edit.tails import tails_of
 from potluck.edit.values import ValueSettings, targets
 from potluck.edit.weights import Method, WeightEditor, WeightSettings, weight_editor
 from potluck.errors import EditError, ModelError

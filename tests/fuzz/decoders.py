@@ -26,7 +26,7 @@ from potluck.corpus.tokenizer import folder_vocabulary, vocabulary_of
 from potluck.edit.facts import read_edits
 from potluck.edit.forgetting.questions import read_questions
 from potluck.edit.forgetting.record import read_record, signed_record, write_record
-from potluck.edit.together.claims import read_decisions
+from potluck.edit.together.edit_hashes import read_decisions
 from potluck.edit.together.exchange import read_contexts
 from potluck.engine.nats.frames import read_frame, signed
 from potluck.engine.nats.identity import Invite, load_invite, new_seed, public_key, save_invite, sign

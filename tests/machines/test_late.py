@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from potluck.contribution import Contribution, Shelf, Task
-from potluck.engine.nats.members import Members
+from potluck.engine.nats.presence import Members
 from tests.machines.world import World
 
 

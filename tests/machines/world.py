@@ -16,13 +16,13 @@ from potluck.engine.nats.claim import Claim
 from potluck.engine.nats.connection import Access, Connection
 from potluck.engine.nats.coordinator import NatsEngine
 from potluck.engine.nats.identity import make_certificate, new_seed, public_key
-from potluck.engine.nats.members import Members
+from potluck.engine.nats.jetstream import make_streams, mend_streams
 from potluck.engine.nats.post import Post
-from potluck.engine.nats.presence import Presence
+from potluck.engine.nats.presence import Members
 from potluck.engine.nats.refusals import Told
+from potluck.engine.nats.run_status import Presence
 from potluck.engine.nats.server import Server, ServerSettings
 from potluck.engine.nats.site import Site
-from potluck.engine.nats.streams import make_streams, mend_streams
 from potluck.engine.nats.subjects import COORDINATOR, Names, permissions_of
 from potluck.errors import PotluckError
 from potluck.recipe.engine import Nats

@@ -19,8 +19,7 @@ from potluck.corpus.batches import Batches
 from potluck.errors import RecipeError
 from potluck.local.adaptive import GradientNorms, adaptive_steps, in_passes, next_batch_size, norm_test
 from potluck.local.optimizers import InnerOptimizer
-from potluck.local.steps import local_steps
-from potluck.local.streams import (
+from potluck.local.replicas import (
     AdaptiveState,
     Stream,
     merge_smallest,
@@ -30,6 +29,7 @@ from potluck.local.streams import (
     stream_steps,
     stream_tensors,
 )
+from potluck.local.steps import local_steps
 from potluck.recipe.adaptive import AdaptiveBatch
 from potluck.recipe.load import parse_recipe
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from potluck.engine.nats.premises import Place, open_premises
+from potluck.engine.nats.host_keys import Place, open_premises
 from potluck.errors import CheckpointError, InviteError, RunFolderError
 from potluck.local_store import LocalStore
 from potluck.records.checkpoint import attempts, load_checkpoint, save_checkpoint

@@ -102,7 +102,7 @@ def continue_together(
     """
     from potluck.commands import generate_together
     from potluck.compose.decoding.decode import Sampling
-    from potluck.compose.decoding.opened import RULES, Choice
+    from potluck.compose.decoding.factory import RULES, Choice
 
     if given["rule"] is None:
         raise RecipeError("who speaks when is not said", f"--rule {'|'.join(RULES)}")

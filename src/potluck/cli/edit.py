@@ -113,7 +113,7 @@ def world(
     as_json: JsonOption = False,
 ) -> None:
     """Write the facts of the synthetic world that `recipes/world.toml` tells a model about, in the form of edits."""
-    from potluck.edit.of_world import write_world
+    from potluck.edit.world_edits import write_world
 
     print_facts({"facts": write_world(out, people, first, change, seed), "file": str(out)}, as_json)
 

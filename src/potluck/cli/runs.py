@@ -162,7 +162,7 @@ def host(
 ) -> None:
     """Coordinate a run whose participants join from machines of their own; started again, go on with it."""
     from potluck.engine.nats.addresses import server_url, split_address
-    from potluck.engine.nats.premises import Place
+    from potluck.engine.nats.host_keys import Place
     from potluck.machines import Hosting
     from potluck.machines import host as run
 

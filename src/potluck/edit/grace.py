@@ -17,7 +17,7 @@ from torch.nn.functional import pad
 from potluck.compose.base import Base
 from potluck.edit.facts import Edit, checked_edits
 from potluck.edit.layout import layout_of
-from potluck.edit.memories import asked
+from potluck.edit.side_memory import asked
 from potluck.errors import EditError
 from potluck.models.memory import Codebook
 

@@ -13,13 +13,13 @@ from typing import Any, cast
 from potluck.compose.base import Base, load_base, texts_of
 from potluck.edit.consequences import consequences, parted, watch
 from potluck.edit.contexts import Site
+from potluck.edit.edited_folder import load_edited, save_edited, save_model
 from potluck.edit.facts import Edit, read_edits
 from potluck.edit.grace import GraceMemory, grace_memory
-from potluck.edit.kept import load_edited, save_edited, save_model
 from potluck.edit.layout import layout_of
-from potluck.edit.memories import attached, save_with_memory
+from potluck.edit.memory_folder import Memory, has_memory, load_memory, with_edits, without
 from potluck.edit.moments import kept_moments
-from potluck.edit.remembered import Memory, has_memory, load_memory, with_edits, without
+from potluck.edit.side_memory import attached, save_with_memory
 from potluck.edit.tuning import Tuning, fine_tune
 from potluck.edit.weights import Method, WeightEditor, WeightSettings, weight_editor
 from potluck.edit.wise import WiseSettings, wise_memory

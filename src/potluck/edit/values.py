@@ -17,8 +17,8 @@ from potluck.compose.base import Base
 from potluck.edit.contexts import Site, hidden_at, prompt_row
 from potluck.edit.facts import Edit
 from potluck.edit.layout import Layout
+from potluck.edit.prefix_cache import Tails, tails_of
 from potluck.edit.prompts import Row, Rows, row, rows_of
-from potluck.edit.tails import Tails, tails_of
 from potluck.errors import EditError
 
 

@@ -26,9 +26,9 @@ from potluck.compose.base import Base
 from potluck.compose.merging.rules import Ties, merged
 from potluck.edit.contexts import contexts
 from potluck.edit.facts import Edit, checked_edits
+from potluck.edit.invented_names import stranger_names
 from potluck.edit.layout import layout_of
-from potluck.edit.memories import Asked, asked, keys_of_texts
-from potluck.edit.names import stranger_names
+from potluck.edit.side_memory import Asked, asked, keys_of_texts
 from potluck.errors import EditError
 from potluck.models.memory import Shards
 

@@ -14,7 +14,7 @@ from transformers.conversion_mapping import get_checkpoint_conversion_mapping
 
 from potluck.errors import ModelError
 from potluck.models.folder import Stored, check_layers, folder_config, stored_tensors
-from potluck.models.own import register
+from potluck.models.register import register
 
 _WEIGHT_TYPES = {"F64", "F32", "F16", "BF16"}
 _CHUNK = 1 << 24

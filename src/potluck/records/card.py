@@ -32,7 +32,7 @@ def model_card(
         recipe_toml: The resolved recipe.
         base_model: Name of the model that training started from, if it did not start at random.
         frozen: Parameters of the model that were not trained.
-        ours: It is of a class of ours (`potluck.models.own`), which transformers must be told of.
+        ours: It is of a class of ours (`potluck.models.register`), which transformers must be told of.
     """
     how = _VARIANTS.get(record.variant, record.variant).format(count=len(record.trainers))
     sections = [
@@ -61,7 +61,7 @@ def _front_matter(base_model: str | None) -> str:
 def _load(ours: bool) -> str:
     begin = "from transformers import AutoModelForCausalLM, AutoTokenizer\n\n"
     if ours:
-        begin = f"from potluck.models.own import register\n{begin}register()\n"
+        begin = f"from potluck.models.register import register\n{begin}register()\n"
     return (
         f"## Use\n\n```python\n{begin}"
         'folder = "."  # this folder, or its name on the hub\n'

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from potluck.compose.adapter import ABOUT_FILE
-from potluck.compose.merging.alike import check_same_architecture, check_same_tensors, check_same_vocabulary
+from potluck.compose.merging.check_same_base import check_same_architecture, check_same_tensors, check_same_vocabulary
 from potluck.compose.merging.geometry import DeltaGuided, Linear, ModelStock, MultiSlerp, Slerp
 from potluck.compose.merging.rules import RULES, Rule, even_weights
 from potluck.compose.merging.shards import StoredTensor, created, opened

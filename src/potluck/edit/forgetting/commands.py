@@ -12,20 +12,20 @@ from typing import Any, Literal, cast
 from potluck.aggregation.statistics import Statistics
 from potluck.compose.base import Base, load_base, texts_of
 from potluck.edit.contexts import Site
+from potluck.edit.edited_folder import save_model
 from potluck.edit.facts import Edit
 from potluck.edit.forgetting import losses
 from potluck.edit.forgetting.figures import figures, warnings_of
 from potluck.edit.forgetting.general import rows_of_text, written_by
+from potluck.edit.forgetting.name_estrangement import Strangers, asked_as_edits, estranged
 from potluck.edit.forgetting.questions import Question, read_questions
 from potluck.edit.forgetting.refusals import Editor, Refusing, read_refusals, refuse
-from potluck.edit.forgetting.strangers import Strangers, asked_as_edits, estranged
 from potluck.edit.forgetting.subjects import guesses, with_subjects
 from potluck.edit.forgetting.unlearning import FORGOTTEN, Unlearning, default_rate, unlearn
-from potluck.edit.kept import save_model
 from potluck.edit.layout import layout_of
-from potluck.edit.memories import save_with_memory
 from potluck.edit.moments import key_moments
 from potluck.edit.requests import IN_WEIGHTS, default_layers
+from potluck.edit.side_memory import save_with_memory
 from potluck.edit.tuning import Tuning, fine_tune
 from potluck.edit.weights import Method, WeightSettings, weight_editor
 from potluck.edit.wise import WiseMemory, WiseSettings, edit_with_wise, wise_memory

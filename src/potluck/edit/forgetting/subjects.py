@@ -14,7 +14,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
 from potluck.edit.forgetting.questions import Question
-from potluck.edit.names import invented_names, stranger_names
+from potluck.edit.invented_names import invented_names, stranger_names
 from potluck.errors import EditError
 
 _NEAR = 20  # questions before and after

@@ -29,7 +29,7 @@ from potluck.aggregation.statistics import SummedStatistics
 from potluck.contribution import Contribution, Header, Scalar
 from potluck.edit.closed_form import alphaedit_update, asked_in, memit_update, null_space
 from potluck.edit.contexts import COUNT, LENGTH
-from potluck.edit.together.claims import Claim, Decisions, Resolution, read_claims, resolved
+from potluck.edit.together.edit_hashes import Claim, Decisions, Resolution, read_claims, resolved
 from potluck.edit.together.maps import Maps
 from potluck.edit.together.sums import (
     GRAM,

@@ -24,7 +24,7 @@ from potluck.edit.contexts import contexts, hidden_at, keys_at
 from potluck.edit.evaluation import right_answers
 from potluck.edit.facts import Edit, usable_edits
 from potluck.edit.layout import layout_of
-from potluck.edit.together.claims import claim_tensors, claims_of
+from potluck.edit.together.edit_hashes import claim_tensors, claims_of
 from potluck.edit.together.exchange import EDIT, MOMENTS, read_contexts
 from potluck.edit.together.maps import Maps
 from potluck.edit.together.sums import Hiding, edit_sums, packed, token_moments, wire_of

@@ -25,10 +25,10 @@ from potluck.contribution import (
 from potluck.engine.nats.background import Background
 from potluck.engine.nats.connection import Delivery
 from potluck.engine.nats.frames import END, Frame, ReplyFacts, facts_of, read_frame, signed, task_name
-from potluck.engine.nats.members import Members
 from potluck.engine.nats.post import Post
-from potluck.engine.nats.presence import Presence
+from potluck.engine.nats.presence import Members
 from potluck.engine.nats.refusals import SERVER, Refusals, Told, refusal
+from potluck.engine.nats.run_status import Presence
 from potluck.engine.nats.states import States
 from potluck.engine.nats.subjects import COORDINATOR, participant_of
 from potluck.engine.nats.under_way import Sent, UnderWay

@@ -1,74 +1,144 @@
-"""What a coordinator says at the server of itself and of the run, and says again if the server loses it."""
+"""Who is there: each participant's value in the key-value bucket, and when it last changed by our own clock."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from contextlib import suppress
-from typing import Any
+import time
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from typing import Any, Literal
 
-from potluck.engine.nats.claim import Claim
+from potluck.contribution import HeldOutText, ParticipantId
+from potluck.engine.nats.claim import REFUSED
 from potluck.engine.nats.connection import Connection
+from potluck.engine.nats.signs import read_sign
 from potluck.engine.nats.subjects import Names
-from potluck.errors import PotluckError
+from potluck.untrusted import in_a_line
 
-_SHOWN = ("run_started", "run_resumed", "round", "evaluation", "run_finished")
+Presence = Literal["absent", "reading", "ready", "working", "left", "silent"]
+_SAID = ("reading", "ready", "working", "left")
 
 
-class Presence:
-    """The coordinator's own sign of life, and the frame about the run.
-
-    Args:
-        claim: The right to coordinate this run.
+@dataclass
+class Member:
+    """One participant as it presents itself.
 
     Attributes:
-        progress: How far the run is.
+        said: Its last sign of life: ``status``, ``session``, ``holding``, ``task`` and other facts.
+        revision: Of its value; one that stays is no sign of life.
+        since: When it began to do what it does.
+        unread: Revision of one that could not be read.
+        seen: When it last changed, on our monotonic clock: participants' clocks may be wrong.
     """
 
-    def __init__(self, connection: Connection, names: Names, claim: Claim) -> None:
-        self._connection, self._names, self._claim = connection, names, claim
-        self._about: bytes | None = None
-        self._left = False
-        self.progress: dict[str, Any] = {"status": "working"}
+    said: Mapping[str, Any] = field(default_factory=dict)
+    revision: int = 0
+    unread: int = 0
+    seen: float = float("-inf")
+    since: float = float("-inf")
 
-    def tell_about(self, frame: bytes) -> None:
-        """Tell participants what the run is about.
+    def presence(self, now: float, silence: float) -> Presence:
+        """Where it is."""
+        status = self.said.get("status")
+        if status not in _SAID:
+            return "absent"
+        if status != "left" and now - self.seen > silence:
+            return "silent"
+        return status  # type: ignore[no-any-return]
+
+
+class Members:
+    """All participants' values, read again and again: no subscription has to survive the server.
+
+    Attributes:
+        unfit: Why one that is there cannot take part, from what it says of itself; empty if it can.
+        holds: Tokens of training text with which one first joined.
+        refused: Told of what was no sign of life: whose it seems to be, and why.
+    """
+
+    def __init__(self, connection: Connection, names: Names, participants: Iterable[ParticipantId], silence: float):
+        self._connection, self._names, self._silence = connection, names, silence
+        self.unfit: Callable[[ParticipantId, Mapping[str, Any]], str] = lambda name, said: ""
+        self.holds: Callable[[ParticipantId], int] = lambda name: 0
+        self.refused: Callable[[ParticipantId, str], None] = lambda name, why: None
+        self.of = {name: Member() for name in participants}
+
+    def look(self) -> None:
+        """Read everybody's value.
 
         Raises:
-            StorageError, EngineError: The server does not take it.
-        """
-        self._about = frame
-        self._connection.store(self._names.about, frame)
-
-    def tell_again(self) -> None:
-        """Tell it once more, if the server does not have it.
-
-        Raises:
-            StorageError, EngineError: The server does not take it.
-        """
-        asked = self._names.direct(self._names.states, self._names.about)
-        if self._about is not None and self._connection.last(asked, patience=2.0) is None:
-            self.tell_about(self._about)
-
-    def take_event(self, event: Mapping[str, Any]) -> None:
-        """Let everybody who may look know how far the run is; a listener of its event log."""
-        if event["event"] in _SHOWN:
-            bits = (event.get("union") or {}).get("bits_per_byte")
-            facts = {"rounds": event.get("rounds"), "round": event.get("round"), "bits_per_byte": bits}
-            new = {key: value for key, value in facts.items() if value is not None}
-            self.progress = {**self.progress, **new, "event": event["event"], "time": event["time"]}
-
-    def renew(self) -> None:
-        """Give a sign of life.
-
-        Raises:
-            AlreadyServed: Another process coordinates this run now.
             EngineError: The server is away.
         """
-        if not self._left:
-            self._claim.renew(self.progress, patience=2.0)
+        for name, member in self.of.items():
+            direct = self._names.direct(f"KV_{self._names.members}", self._names.member(name))
+            found = self._connection.last(direct, patience=5.0)
+            if found is None:
+                continue
+            data, headers = found
+            revision = int(headers.get("Nats-Sequence", 0))
+            if revision in (member.revision, member.unread):  # of a store that was lost they begin anew
+                continue
+            try:
+                said = read_sign(data)
+            except Exception as error:  # whatever a message does to its reader, it ends here
+                member.unread = revision
+                self.refused(name, f"no sign of life: {in_a_line(str(error))}")
+                continue
+            if said["status"] != REFUSED:  # of a process that may not serve
+                age = 0.0 if member.revision else _age(headers.get("Nats-Time-Stamp", ""))
+                if any(said.get(key) != member.said.get(key) for key in ("status", "task")):
+                    member.since = time.monotonic()
+                member.said, member.revision, member.seen = said, revision, time.monotonic() - age
 
-    def leave(self) -> None:
-        """Say goodbye, if the server is there: another process of this run may coordinate at once."""
-        self._left = True
-        with suppress(PotluckError):
-            self._claim.renew({**self.progress, "status": "left"}, patience=2.0)
+    def presence(self, name: ParticipantId) -> Presence:
+        """Where a participant is."""
+        return self.of[name].presence(time.monotonic(), self._silence)
+
+    def away(self, name: ParticipantId, reading: bool = False, silent: bool = True) -> str:
+        """Why a participant cannot be given a task now; empty if it can.
+
+        Args:
+            reading: One that is still preparing will do.
+            silent: And so will one that gives no sign of life: it may come back.
+        """
+        presence = self.presence(name)
+        if presence == "silent" and not silent:
+            return "is silent"
+        if presence in ("absent", "left") or (presence == "reading" and not reading):
+            why = f": {self.of[name].said['reason']}" if presence == "left" and self.of[name].said.get("reason") else ""
+            return {"absent": "has not joined", "left": "has left", "reading": "is still preparing"}[presence] + why
+        return self.unfit(name, self.of[name].said)
+
+    def gone(self, name: ParticipantId, seconds: float) -> bool:
+        """Whether a participant said goodbye, so long ago."""
+        return self.presence(name) == "left" and time.monotonic() - self.of[name].seen > seconds
+
+    def idle(self, name: ParticipantId, asked: float, seconds: float) -> bool:
+        """Whether a participant that was ``asked`` something by now has said for so long that it has nothing to do."""
+        member, ready = self.of[name], self.presence(name)
+        waits = ready == "ready" or (ready == "reading" and member.said.get("words") is True)
+        return waits and member.seen > asked and time.monotonic() - max(member.since, asked) > seconds
+
+    def contested(self) -> set[ParticipantId]:
+        """Participants who say that others with their invite were refused."""
+        return {name for name, member in self.of.items() if member.said.get("refused") not in (None, 0)}
+
+    def held_out(self, name: ParticipantId) -> HeldOutText | None:
+        """How much text a participant says it holds out; ``None`` if it does not say."""
+        holding = self.of[name].said.get("holding")
+        return None if holding is None else HeldOutText(holding["validation_tokens"] - 1, holding["validation_bytes"])
+
+    def facts(self, name: ParticipantId) -> dict[str, Any]:
+        """What ``potluck status`` shows of one."""
+        member = self.of[name]
+        ago = time.monotonic() - member.seen
+        seen = None if ago == float("inf") else round(ago, 1)
+        return {**member.said, "presence": self.presence(name), "seen_seconds_ago": seen}
+
+
+def _age(stamp: str) -> float:
+    """Seconds since the server stored a value that was there before us, by the clocks of both; 0 if they disagree."""
+    try:
+        return max(0.0, (datetime.now(UTC) - datetime.fromisoformat(f"{stamp[:19]}+00:00")).total_seconds())
+    except ValueError:
+        return 0.0

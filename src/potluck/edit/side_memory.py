@@ -17,8 +17,8 @@ from potluck.compose.base import Base
 from potluck.edit.contexts import prompt_row
 from potluck.edit.facts import Edit
 from potluck.edit.layout import Layout, host, layout_of, run_to
+from potluck.edit.prefix_cache import Tails, tails_of
 from potluck.edit.prompts import Row, Rows, row, rows_of
-from potluck.edit.tails import Tails, tails_of
 from potluck.files import appearing, storing, write_text
 from potluck.models.export import save_like
 from potluck.models.memory import EditedConfig, EditedForCausalLM, Memory, install

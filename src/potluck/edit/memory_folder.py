@@ -14,7 +14,7 @@ from potluck.edit import grace, wise
 from potluck.edit.facts import Edit, edit_of
 from potluck.edit.grace import GraceMemory, GraceSettings
 from potluck.edit.layout import layout_of
-from potluck.edit.memories import RECORD
+from potluck.edit.side_memory import RECORD
 from potluck.edit.wise import Shard, WiseMemory, WiseSettings
 from potluck.errors import EditError
 from potluck.models.memory import EditedForCausalLM
@@ -24,7 +24,7 @@ Memory = GraceMemory | WiseMemory
 
 
 def has_memory(folder: Path) -> bool:
-    """Whether `potluck.edit.memories.save_with_memory` wrote this folder."""
+    """Whether `potluck.edit.side_memory.save_with_memory` wrote this folder."""
     return (folder / RECORD).is_file()
 
 
