@@ -27,7 +27,7 @@ demo: .venv/.demo  ## eight participants train one model, each alone for compari
 	@echo 'The report: $(abspath $(RUNS))/$(DEMO_NAME)/report.html'
 
 test: .venv/.dev  ## run the tests (PROCESSES=3)
-	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -n $(PROCESSES) --dist loadfile
+	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -n $(PROCESSES) --dist loadfile --no-loadscope-reorder
 
 test-real: .venv/.dev $(SMOLLM2)  ## the same on a pretrained model, SmolLM2-135M-Instruct (92 MB, kept in MODELS=~/.cache/potluck)
 	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 POTLUCK_SMOLLM2='$(abspath $(SMOLLM2))' $(BIN)/python -m pytest tests/real -n $(PROCESSES) --durations=0

@@ -20,6 +20,18 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is loaded: threads
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("HF_DEACTIVATE_ASYNC_LOAD", "1")  # nor does a pool that loads a model in threads
 
+FIRST = ("docs/", "benchmarks/test_form.py", "machines/test_networks.py", "machines/test_local.py", "machines/")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The files that take longest come first, so that no process has one of them left when the others are done."""
+
+    def place(item: pytest.Item) -> int:
+        return next((number for number, name in enumerate(FIRST) if f"tests/{name}" in item.nodeid), len(FIRST))
+
+    items.sort(key=place)
+
+
 NAMES = ("ada", "bob", "eve")
 _WORDS = {
     "ada": ["engine", "number", "card", "loop", "store", "add", "carry", "wheel", "note", "table", "proof", "series"],

@@ -36,15 +36,7 @@ from potluck.recipe.engine import Nats
 from potluck.recipe.load import without_sources
 from potluck.recipe.part import Part, load_part
 from potluck.recipe.sources import key_of
-from potluck.records.folder import (
-    HOST,
-    Variant,
-    by_local,
-    check_goes_on,
-    create_run,
-    locked,
-    run_folder,
-)
+from potluck.records.folder import HOST, Variant, by_local, check_goes_on, create_run, locked, run_folder
 from potluck.records.journal import Journal
 from potluck.records.live import view
 from potluck.run import Run, history, newest_checkpoint
