@@ -243,16 +243,18 @@ def test_a_link_in_a_strangers_folder_fetches_nothing_of_mine(tmp_path: Path) ->
         folder.mkdir()
     (own / "secret").write_text("mine")
     (model / "LICENSE").symlink_to("../own/secret")
-    with pytest.raises(ModelError, match="a link to a file outside"):
+    with pytest.raises(ModelError, match="a link to another file"):
         copy_tokenizer(model, out)
     assert not (out / "LICENSE").exists()
 
 
-def test_the_links_of_the_hubs_cache_are_followed(tmp_path: Path) -> None:
+def test_links_to_shared_files_are_followed(tmp_path: Path) -> None:
     cached, blobs, out = (tmp_path / place for place in ("snapshots/1", "blobs", "out"))
     for folder in (cached, blobs, out):
         folder.mkdir(parents=True)
     (blobs / "ab12").write_text("MIT")
+    (blobs.parent / "merges.txt").write_text("a b")
+    (cached / "merges.txt").symlink_to("../../merges.txt")  # of the same name: folders that share their files
     (cached / "LICENSE").symlink_to("../../blobs/ab12")
     copy_tokenizer(cached, out)
-    assert (out / "LICENSE").read_text() == "MIT"
+    assert (out / "LICENSE").read_text() == "MIT" and (out / "merges.txt").read_text() == "a b"

@@ -115,16 +115,17 @@ def copy_tokenizer(source: Path, to: Path) -> None:
 def copy_own(path: Path, folder: Path, to: Path) -> None:
     """Copy a file of a model folder that may be a stranger's: a link must not fetch a file of this machine's owner.
 
-    Links of the hub's cache lead from ``snapshots/COMMIT`` to the ``blobs`` beside ``snapshots``.
+    Links may lead to a file of the same name, as where folders share their files, and those of the hub's cache from
+    ``snapshots/COMMIT`` to the ``blobs`` beside ``snapshots``.
 
     Raises:
-        ModelError: It is a link to a file outside the folder.
+        ModelError: It is a link to another file outside the folder.
         OSError: It cannot be read or written.
     """
-    cached = folder.absolute().parent
+    cached, file = folder.absolute().parent, path.resolve()
     roots = (folder, cached.parent / "blobs") if cached.name == "snapshots" else (folder,)
-    if not any(path.resolve().is_relative_to(root.resolve()) for root in roots):
-        raise ModelError(f"{path}: a link to a file outside the model's folder", "copy the file there if it is yours")
+    if file.name != path.name and not any(file.is_relative_to(root.resolve()) for root in roots):
+        raise ModelError(f"{path}: a link to another file, outside the model's folder", "copy it there if it is yours")
     shutil.copyfile(path, to)
 
 
