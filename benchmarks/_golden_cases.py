@@ -61,7 +61,7 @@ def shipped(name: str, **rounds: Any) -> Case:
         "extends": f"RECIPES/{name}.toml",
         "name": "r",
         "data": {"train_bytes": 20_000, "validation_bytes": 4_000},
-        "local": {"sequence_length": 32},
+        "local": {"sequence_length": 32, "schedule": {"warmup_steps": 2}},
         "rounds": {"count": 3, "local_steps": 2, "evaluate_every": 2} | rounds,
     }
     return Case({"r.toml": short})
