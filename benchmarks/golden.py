@@ -1,4 +1,4 @@
-"""Whether two commits of potluck do the same: some forty short runs of each, compared bit for bit.
+"""Whether two commits of potluck do the same: some fifty short runs of each, compared bit for bit.
 
     python -m benchmarks.golden BEFORE [AFTER]
 

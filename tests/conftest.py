@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import random
 import signal
 import sys
 import time
@@ -15,6 +14,9 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import pytest
+
+from benchmarks._golden_cases import TEXTS
+from benchmarks.golden import write_texts
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is loaded: threads do not survive a fork
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -32,23 +34,14 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     items.sort(key=place)
 
 
-NAMES = ("ada", "bob", "eve")
-_WORDS = {
-    "ada": ["engine", "number", "card", "loop", "store", "add", "carry", "wheel", "note", "table", "proof", "series"],
-    "bob": ["river", "fish", "boat", "water", "stone", "rain", "cloud", "bank", "net", "shore", "tide", "wind"],
-    "eve": ["apple", "bread", "soup", "salt", "spoon", "plate", "oven", "honey", "flour", "butter", "onion", "rice"],
-}
+NAMES = tuple(TEXTS)
 
 
 @pytest.fixture(scope="session")
 def texts(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """One folder of short documents for each of three participants, each with words of its own."""
     root = tmp_path_factory.mktemp("texts")
-    for name, words in _WORDS.items():
-        draw = random.Random(name)
-        (root / name).mkdir()
-        for number in range(40):
-            (root / name / f"{number}.txt").write_text(" ".join(draw.choices(words, k=40)))
+    write_texts(root)
     return root
 
 

@@ -233,7 +233,7 @@ def test_layers_that_only_the_configurations_class_counts(tmp_path: Path) -> Non
     config = {"model_type": "nemotron_h", "hybrid_override_pattern": "M" * 3000, "vocab_size": 8, "hidden_size": 8}
     (tmp_path / "config.json").write_text(json.dumps(config))
     save_file({"x": torch.zeros(1)}, tmp_path / "model.safetensors")
-    with pytest.raises(ModelError, match="3000 layers, at most 1000"):
+    with pytest.raises(ModelError, match="num_hidden_layers = 3000, at most 1000"):
         checked_folder(tmp_path)
 
 

@@ -13,7 +13,7 @@ from transformers.configuration_utils import PreTrainedConfig
 from transformers.conversion_mapping import get_checkpoint_conversion_mapping
 
 from potluck.errors import ModelError
-from potluck.models.folder import Stored, check_layers, folder_config, stored_tensors
+from potluck.models.folder import Stored, check_counts, folder_config, stored_tensors
 from potluck.models.register import register
 
 _WEIGHT_TYPES = {"F64", "F32", "F16", "BF16"}
@@ -94,7 +94,8 @@ def _skeleton(folder: Path) -> PreTrainedModel:
     """The model without memory for its weights."""
     try:
         config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-        check_layers(folder, getattr(config.get_text_config(), "num_hidden_layers", 0))  # some count a text's letters
+        layers = getattr(config.get_text_config(), "num_hidden_layers", 0)  # some count the letters of a text
+        check_counts(folder, {"num_hidden_layers": layers})
         with torch.device("meta"):
             return AutoModelForCausalLM.from_config(config, attn_implementation="sdpa", trust_remote_code=False)  # type: ignore[no-any-return]
     except ModelError:

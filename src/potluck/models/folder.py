@@ -67,12 +67,16 @@ def folder_config(folder: Path) -> dict[str, Any]:
         raise ModelError(f"{folder}: not a model folder ({error})", "save it with model.save_pretrained") from None
     if not isinstance(config, dict):
         raise ModelError(f"{folder}/config.json: not a JSON object")
-    _check_counts(folder, config)
+    check_counts(folder, config)
     return config
 
 
-def _check_counts(folder: Path, config: dict[str, Any]) -> None:
-    """Refuse a model of so many parts that describing it takes the memory, before a single weight does."""
+def check_counts(folder: Path, config: dict[str, Any]) -> None:
+    """Refuse a model of so many parts that describing it takes the memory, before a single weight does.
+
+    Raises:
+        ModelError: Naming the key, and the most.
+    """
     counted = dict.fromkeys(_MOST, 0)  # of a model in which there are others
     for key, value in _entries(config):
         for part, most in _MOST.items():
@@ -80,16 +84,6 @@ def _check_counts(folder: Path, config: dict[str, Any]) -> None:
                 counted[part] += max(value, 0)
                 if value > most or counted[part] > _MOST_IN_ALL * most:
                     raise ModelError(f"{folder}/config.json: {key} = {value}, at most {most} are built")
-
-
-def check_layers(folder: Path, layers: int | None) -> None:
-    """Refuse a model of very many layers before they are made.
-
-    Raises:
-        ModelError: Saying how many, and the most.
-    """
-    if isinstance(layers, int) and layers > _MOST["layer"]:
-        raise ModelError(f"{folder}/config.json: {layers} layers, at most {_MOST['layer']} are built")
 
 
 def _entries(value: Any) -> Iterator[tuple[str, Any]]:
